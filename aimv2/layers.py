@@ -1,0 +1,108 @@
+"""The blocks that encoder, decoder and text tower are built from.
+
+B samples, N positions, D width, H heads. All are pre-norm and without dropout, LayerScale or QK-norm.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SwiGlu(nn.Module):
+    """down(silu(gate x) * up x), without biases (AIMv2)."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class GeluMlp(nn.Module):
+    """fc2(gelu(fc1 x)), without biases (AIM v1)."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+NORMS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
+MLPS = {"swiglu": SwiGlu, "gelu": GeluMlp}
+
+
+class KeyValueCache:
+    """Keys and values of the positions seen so far, one entry a layer, so that generation runs each position once."""
+
+    def __init__(self):
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (B, H, n, D/H) keys and values; return all of them so far."""
+        if layer in self.layers:
+            past_key, past_value = self.layers[layer]
+            key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
+        self.layers[layer] = key, value
+        return key, value
+
+    @property
+    def length(self) -> int:
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without biases; the mask is an argument."""
+
+    def __init__(self, width: int, heads: int, layer: int = 0):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of the number of heads {heads}")
+        self.heads = heads
+        self.layer = layer
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # 3 of (B, H, N, D/H)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.proj(x.transpose(1, 2).reshape(b, n, d))
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, width: int, heads: int, mlp_hidden: int, mlp: str, norm: str, norm_eps: float, layer: int = 0):
+        super().__init__()
+        self.norm1 = NORMS[norm](width, eps=norm_eps)
+        self.attention = Attention(width, heads, layer)
+        self.norm2 = NORMS[norm](width, eps=norm_eps)
+        self.mlp = MLPS[mlp](width, mlp_hidden)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.norm1(x), mask, causal, cache)
+        return x + self.mlp(self.norm2(x))
+
+
+def init_trunk(module: nn.Module) -> None:
+    """Xavier-uniform for every Linear of a trunk, q, k and v each as a matrix of its own, as Apple's trainer does."""
+    for child in module.modules():
+        if isinstance(child, Attention):
+            for projection in child.qkv.weight.chunk(3):
+                nn.init.xavier_uniform_(projection)
+            nn.init.xavier_uniform_(child.proj.weight)
+        elif isinstance(child, (SwiGlu, GeluMlp)):
+            for linear in child.children():
+                nn.init.xavier_uniform_(linear.weight)

@@ -1,0 +1,1 @@
+"""Training objectives: each a module `Batch -> {"loss", ...}` in one file."""

@@ -1,0 +1,42 @@
+"""AIMv2: predict the image's next patches, then its caption's tokens (arXiv 2411.14402, section 2.1)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from aimv2 import losses
+from aimv2.data.batch import Batch, Counts
+from aimv2.decoder import DecoderConfig, MultimodalDecoder
+from aimv2.encoder import VisionConfig, VisionEncoder
+from aimv2.masks import prefix_mask
+
+
+@dataclass(slots=True, kw_only=True)
+class AIMv2Config:
+    vision: VisionConfig
+    decoder: DecoderConfig
+    pixel_weight: float = 0.4  # alpha; it goes with a pixel loss that is a mean over the 3P^2 values of a patch
+
+    def build(self) -> "AIMv2":
+        return AIMv2(self)
+
+
+class AIMv2(nn.Module):
+    """L = L_caption + alpha * L_pixel over [image patches ; caption] (paper eq. 2-3)."""
+
+    def __init__(self, config: AIMv2Config):
+        super().__init__()
+        self.config = config
+        self.encoder = VisionEncoder(config.vision)
+        self.decoder = MultimodalDecoder(config.decoder, config.vision.width, config.vision.patch_size)
+
+    def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        """Losses of a micro-batch, each already divided by the optimizer step's global number of targets."""
+        mask = prefix_mask(batch.prefix_length, batch.num_patches)
+        features = self.encoder(batch.image, mask)  # (B, N, D)
+        pixels, logits = self.decoder(features, batch.text)  # (B, N, 3P^2), (B, T, V)
+        patch_size = self.config.vision.patch_size
+        pixel_loss = losses.pixel(pixels, batch.image, batch.prefix_length, patch_size) / counts.patches
+        caption_loss = losses.caption(logits, batch.text, batch.text_length) / counts.tokens
+        loss = caption_loss + self.config.pixel_weight * pixel_loss
+        return {"loss": loss, "pixel_loss": pixel_loss.detach(), "caption_loss": caption_loss.detach()}

@@ -1,0 +1,47 @@
+"""Positions of patches on their grid: (h, w, device) -> (h*w, D). They check the grid, not the count of patches."""
+
+import torch
+from torch import Tensor, nn
+
+
+class LearnedPositions(nn.Module):
+    """One learned vector for each cell of a fixed grid (AIMv2 at 224, 336 and 448 px)."""
+
+    def __init__(self, grid: tuple[int, int], width: int):
+        super().__init__()
+        self.grid = grid
+        self.weight = nn.Parameter(torch.empty(1, grid[0] * grid[1], width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
+        """(h*w, D), where the parameter lives; raises ValueError for another grid, were its count of cells the same."""
+        if (height, width) != self.grid:
+            raise ValueError(
+                f"image of {height}x{width} patches, but the learned positions are for "
+                f"{self.grid[0]}x{self.grid[1]}: resize the image, or interpolate the positions when loading"
+            )
+        return self.weight[0]
+
+
+class SinCosPositions(nn.Module):
+    """Fixed 2-D sines and cosines for any grid (AIM v1, AIMv2-native), without parameters.
+
+    Laid out [sin w | cos w | sin h | cos h]: the first half encodes the column. Temperature 10000.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        if width % 4:
+            raise ValueError(f"2-D sincos positions need a width that is a multiple of 4, not {width}")
+        self.width = width
+
+    def forward(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
+        quarter = self.width // 4
+        frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+        row = torch.arange(height, dtype=torch.float32, device=device).repeat_interleave(width)
+        column = torch.arange(width, dtype=torch.float32, device=device).repeat(height)
+        by_column, by_row = column[:, None] * frequency, row[:, None] * frequency  # (h*w, D/4)
+        return torch.cat([by_column.sin(), by_column.cos(), by_row.sin(), by_row.cos()], dim=1)
