@@ -1,0 +1,1 @@
+"""Captioned images: shards, transforms, tokens, batches, and the embedded shapes world."""

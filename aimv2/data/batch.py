@@ -1,0 +1,65 @@
+"""What the data path hands to an objective: one micro-batch, and the target counts its losses are divided by.
+
+B samples, N patches, T text positions, g the global sample number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+
+class Replaced(NamedTuple):
+    """A sample that could not be used, and so was read from another place of the same source."""
+
+    sample: int  # g
+    reason: str  # a few words, the same for all samples that fail in the same way
+    where: str  # shard and key
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """One micro-batch of one rank."""
+
+    image: Tensor  # (B, 3, H, W) float32, normalised by the transform's mean and std
+    text: Tensor  # (B, T) int64 token ids, padded on the right; T >= 1
+    text_length: Tensor  # (B,) int64, EOS included; 0 = no caption
+    prefix_length: Tensor  # (B,) int64, uniform on [1, N-1], drawn from (seed, g)
+    sample: Tensor  # (B,) int64, global sample number g
+    num_patches: int  # N
+    replaced: list[Replaced] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on `device`; asynchronous if this batch is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """A copy in page-locked memory. The data loader calls it by this name."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self)(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+
+@dataclass(slots=True, kw_only=True)
+class Counts:
+    """Numbers of supervised targets in one optimizer step, over all ranks and micro-batches."""
+
+    patches: Tensor  # () sum of N - prefix_length, at least 1
+    tokens: Tensor  # () sum of text_length, at least 1
+
+
+def count_targets(batches: Sequence[Batch]) -> Tensor:
+    """(2,) float64 [patches, tokens] of these micro-batches on this rank: before any reduction, not clamped.
+
+    float64 counts exactly up to 2^53 and every backend reduces it.
+    """
+    patches = sum(len(b) * b.num_patches - int(b.prefix_length.sum()) for b in batches)
+    tokens = sum(int(b.text_length.sum()) for b in batches)
+    return torch.tensor([patches, tokens], dtype=torch.float64)
