@@ -17,9 +17,7 @@ size and sha256 of each file. No pointer file can go wrong: a run goes on from t
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import random
@@ -27,7 +25,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,10 +34,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from aimv2 import manifest
+
 LOG = logging.getLogger(__name__)
-MANIFEST = "MANIFEST.json"
 TAG = "engine"
-Files = dict[str, dict[str, Any]]  # path below the checkpoint -> {"size": bytes, "sha256": hex}
 T = TypeVar("T")
 
 # What DeepSpeed 0.19 pickles besides tensors and plain containers: (module, name).
@@ -88,10 +85,10 @@ def save(
     try:
         if _on_first_rank(partial(_begin, final, temporary)) == "committed already":
             return True
-        files = {
-            name: record for part in _together(partial(_write, engine, temporary)) for name, record in part.items()
-        }
-        manifest = {
+        files: manifest.Files = {}
+        for written in _together(partial(_write, engine, temporary)):
+            files |= written
+        contents = {
             "state": asdict(state),
             "fingerprints": fingerprints,
             "config": config,
@@ -99,7 +96,7 @@ def save(
             "zero_stage": _zero_stage(engine),
             "versions": {name: _version(name) for name in ("aimv2", "torch", "deepspeed")},
         }
-        _on_first_rank(partial(_commit, temporary, final, files, manifest))
+        _on_first_rank(partial(_commit, temporary, final, contents, files))
     except CheckpointError as error:
         if _rank() == 0:
             LOG.error("NO CHECKPOINT at step %d, training goes on without: %s", state.step, error)
@@ -123,26 +120,25 @@ def restore(
     chosen = _on_first_rank(partial(_choose, checkpoints))
     if chosen is None:
         return None
-    name, manifest = chosen
-    _together(partial(_check, name, manifest, _zero_stage(engine), fingerprints, allow))
+    name, contents = chosen
+    _together(partial(_check, name, contents, _zero_stage(engine), fingerprints, allow))
     _together(partial(_load, engine, checkpoints / name))
     if _rank() == 0:
         LOG.info("going on from %s", checkpoints / name)
-    return TrainState(**manifest["state"])
-
-
-# -- Writing -----------------------------------------------------------------------------------------------------------
+    return TrainState(**contents["state"])
 
 
 def _begin(final: Path, temporary: Path) -> str:
-    if final.exists() and not _examine(final)[1]:
-        return "committed already"
+    if final.exists():
+        with contextlib.suppress(manifest.DamagedError):  # then it is written anew
+            _examine(final)
+            return "committed already"
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / TAG).mkdir(parents=True)
     return "begun"
 
 
-def _write(engine: Any, temporary: Path) -> Files:
+def _write(engine: Any, temporary: Path) -> manifest.Files:
     """This rank's part: the engine's files and the generators. Returns the files known to be its own."""
     with _caught_writes(engine) as (paths, errors):
         engine.save_checkpoint(str(temporary), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
@@ -150,7 +146,7 @@ def _write(engine: Any, temporary: Path) -> Files:
         raise errors[0]
     paths.append(temporary / f"rng_{_rank():05d}.pt")
     torch.save(_random_state(), paths[-1])
-    return {path.relative_to(temporary).as_posix(): _seal(path) for path in paths}
+    return {path.relative_to(temporary).as_posix(): manifest.seal(path) for path in paths}
 
 
 @contextlib.contextmanager
@@ -162,45 +158,36 @@ def _caught_writes(engine: Any) -> Iterator[tuple[list[Path], list[Exception]]]:
     paths: list[Path] = []
     errors: list[Exception] = []
 
-    def caught(write: Callable[..., Any]) -> Callable[..., Any]:
-        def attempt(*args: Any, **kwargs: Any) -> Any:
+    def caught(action: Callable[..., Any]) -> Callable[..., None]:
+        def attempt(*args: Any, **kwargs: Any) -> None:
             try:
-                result = write(*args, **kwargs)
+                action(*args, **kwargs)
             except Exception as error:
                 errors.append(error)
-                return None
-            if write.__name__ == "save":
-                paths.append(Path(kwargs["path"] if "path" in kwargs else args[1]))
-            return result
 
         return attempt
 
     writer = getattr(engine, "checkpoint_engine", None)
     with contextlib.ExitStack() as stack:
-        for owner, name in ((writer, "makedirs"), (writer, "save"), (engine, "_copy_recovery_script")):
-            if hasattr(owner, name):
-                stack.enter_context(_replaced(owner, name, caught(getattr(owner, name))))
+        if writer is not None:
+            write = writer.save
+
+            def save_and_note(state_dict: Any, path: str) -> None:
+                write(state_dict, path)
+                paths.append(Path(path))
+
+            stack.enter_context(_replaced(writer, "save", caught(save_and_note)))
+            stack.enter_context(_replaced(writer, "makedirs", caught(writer.makedirs)))
+            stack.enter_context(_replaced(engine, "_copy_recovery_script", caught(engine._copy_recovery_script)))
         yield paths, errors
 
 
-def _commit(temporary: Path, final: Path, files: Files, manifest: dict[str, Any]) -> None:
-    for path in sorted(temporary.rglob("*")):
-        name = path.relative_to(temporary).as_posix()
-        if path.is_file() and name not in files:
-            files[name] = _seal(path)
-    for name, record in files.items():
-        if (temporary / name).stat().st_size != record["size"]:
-            raise OSError(f"{name} changed its size after it was written; do all ranks share {temporary.parent}?")
-    with open(temporary / MANIFEST, "w", encoding="utf-8") as file:
-        file.write(_render({**manifest, "files": files}))
-    _sync(temporary / MANIFEST)
-    for path in [*temporary.rglob("*"), temporary]:
-        if path.is_dir():
-            _sync(path)
-    if final.exists():  # it did not verify, or `_begin` would have stopped
+def _commit(temporary: Path, final: Path, contents: dict[str, Any], files: manifest.Files) -> None:
+    manifest.write(temporary, contents, files)
+    if final.exists():  # damaged, or `_begin` would have stopped
         os.rename(final, _cleared(final.with_name(f".trash-{final.name}")))
     os.rename(temporary, final)
-    _sync(final.parent)
+    manifest.sync(final.parent)
 
 
 def _prune(checkpoints: Path, keep: int) -> None:
@@ -214,61 +201,47 @@ def _prune(checkpoints: Path, keep: int) -> None:
             LOG.error("could not delete the old checkpoint %s: %s", old, error)
 
 
-# -- Reading -----------------------------------------------------------------------------------------------------------
-
-
 def _choose(checkpoints: Path) -> tuple[str, dict[str, Any]] | None:
-    """(name, manifest) of the newest checkpoint that verifies, None if there is none at all."""
+    """(name, manifest contents) of the newest checkpoint that verifies, None if there is none at all."""
     for stale in [*checkpoints.glob(".tmp-*"), *checkpoints.glob(".trash-*")]:
         shutil.rmtree(stale, ignore_errors=True)
     damaged: dict[Path, str] = {}
     for path in _steps(checkpoints):
-        manifest, damage = _examine(path)
-        if damage:
-            damaged[path] = damage
+        try:
+            contents = _examine(path)
+        except manifest.DamagedError as damage:
+            damaged[path] = str(damage)
             continue
         for newer, reason in damaged.items():
             LOG.error("%s is damaged and passed over for %s: %s", newer, path.name, reason)
             os.rename(newer, _cleared(newer.with_name(f".damaged-{newer.name}")))
-        return path.name, manifest
+        return path.name, contents
     if damaged:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
         raise CheckpointError(f"no checkpoint in {checkpoints} verifies, delete the folder to start anew ({reasons})")
     return None
 
 
-def _examine(path: Path) -> tuple[dict[str, Any], str]:
-    """The manifest of a checkpoint and what is wrong with it, "" if nothing is."""
-    try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        manifest.pop("sha256", None)
-        if _render(manifest) != text:
-            return {}, f"{MANIFEST} was changed"
-        if path.name != f"step_{manifest['state']['step']:08d}":
-            return {}, f"it holds step {manifest['state']['step']}"
-        with ThreadPoolExecutor(8) as pool:  # sha256 releases the interpreter lock
-            records = pool.map(_measure, (path / name for name in manifest["files"]))
-            for (name, expected), found in zip(manifest["files"].items(), records, strict=True):
-                if found != expected:
-                    return {}, f"{name} has {found['size']} bytes of sha256 {found['sha256'][:12]}, expected {expected}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return {}, f"{type(error).__name__}: {error}"
-    return manifest, ""
+def _examine(path: Path) -> dict[str, Any]:
+    """The verified contents of a checkpoint's manifest; DamagedError."""
+    contents = manifest.read(path)
+    if path.name != f"step_{contents['state']['step']:08d}":
+        raise manifest.DamagedError(f"it holds step {contents['state']['step']}")
+    return contents
 
 
 def _check(
-    name: str, manifest: dict[str, Any], zero_stage: int | None, fingerprints: dict[str, str], allow: Collection[str]
+    name: str, contents: dict[str, Any], zero_stage: int | None, fingerprints: dict[str, str], allow: Collection[str]
 ) -> None:
     """Refuses a checkpoint that this run cannot go on from."""
-    if manifest["world_size"] != _world_size():
+    if contents["world_size"] != _world_size():
         raise CheckpointError(
-            f"{name} was written by {manifest['world_size']} ranks and this run has {_world_size()}: use as many, or "
+            f"{name} was written by {contents['world_size']} ranks and this run has {_world_size()}: use as many, or "
             "export its model and start a new run with init_from, or convert it with DeepSpeed's ds_to_universal"
         )
-    if manifest["zero_stage"] != zero_stage:
-        raise CheckpointError(f"{name} was written with ZeRO stage {manifest['zero_stage']}, this run has {zero_stage}")
-    saved = manifest["fingerprints"]
+    if contents["zero_stage"] != zero_stage:
+        raise CheckpointError(f"{name} was written with ZeRO stage {contents['zero_stage']}, this run has {zero_stage}")
+    saved = contents["fingerprints"]
     for key in sorted((saved.keys() | fingerprints.keys()) - set(allow)):
         if saved.get(key) != fingerprints.get(key):
             raise CheckpointError(f"{name}: the {key} changed: saved {saved.get(key)}, now {fingerprints.get(key)}")
@@ -297,9 +270,6 @@ def _plain_reads(engine: Any) -> Iterator[None]:
     plain = partial(torch.load, weights_only=True)
     with torch.serialization.safe_globals(classes), _replaced(reader, "load", plain):
         yield
-
-
-# -- Small parts -------------------------------------------------------------------------------------------------------
 
 
 def _together(action: Callable[[], T] | None) -> list[T | None]:
@@ -350,32 +320,6 @@ def _steps(checkpoints: Path) -> list[Path]:
     """The committed checkpoints, newest first."""
     found = [path for path in checkpoints.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
-
-
-def _render(manifest: dict[str, Any]) -> str:
-    """The manifest with the sha256 of its own text, so that a change of any byte shows."""
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**manifest, "sha256": digest}, sort_keys=True, indent=1) + "\n"
-
-
-def _seal(path: Path) -> dict[str, Any]:
-    """Forces the file to the disk and measures it."""
-    _sync(path)
-    return _measure(path)
-
-
-def _measure(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    """fsync of a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cleared(path: Path) -> Path:

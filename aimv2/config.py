@@ -135,7 +135,7 @@ def _member(owner: Any, annotation: Any, name: str, path: str, key: str) -> Any:
         hints = _hints(type(owner))
         if name in hints:
             return hints[name]
-        close = difflib.get_close_matches(name, hints, n=1)
+        close = difflib.get_close_matches(name, hints, n=1) or _find(owner, name)
         hint = f"did you mean {_join(path, close[0])}? " if close else ""
         raise ConfigError(f"unknown key {key}: {hint}{where} has {', '.join(hints)}")
     if isinstance(owner, list):
@@ -145,6 +145,15 @@ def _member(owner: Any, annotation: Any, name: str, path: str, key: str) -> Any:
     if isinstance(owner, dict):
         return get_args(_choice_of(annotation, dict))[1]
     raise ConfigError(f"unknown key {key}: {where} is {_short(owner)} and has no fields")
+
+
+def _find(owner: Any, name: str) -> list[str]:
+    """Where, below the dataclass `owner`, there is a field called `name`."""
+    children = {field: getattr(owner, field) for field in _hints(type(owner))}
+    below = {field: child for field, child in children.items() if dataclasses.is_dataclass(child)}
+    return [field for field in children if field == name] + [
+        f"{field}.{place}" for field, child in below.items() for place in _find(child, name)
+    ]
 
 
 def _parse(annotation: Any, text: str, key: str) -> Any:

@@ -64,7 +64,8 @@ class Logger:
         self._begun = self._window = time.monotonic()
         self._start, self._first_end = start, 0.0  # step and time from which the ETA is reckoned
         self._timed, self._paused, self._waited = 0, 0.0, 0.0  # steps and seconds since the last line
-        self._closers = [_attach_handlers(self.folder, rank)]
+        start_logging(self.folder, rank)
+        self._closers: list[Callable[[], None]] = [stop_logging]
         self._bar = self._metrics = self._tensorboard = self._wandb = None
         if rank == 0:
             self._open(tensorboard, wandb)
@@ -125,7 +126,7 @@ class Logger:
             PACKAGE.info(text)
 
     def pending(self) -> dict[str, float]:
-        """The unfinished window, for the checkpoint: sums over steps and ranks, and "steps". Collective."""
+        """The unfinished window, for the checkpoint: sums over steps and ranks, and "steps"; {} if none. Collective."""
         return self._read()[0]
 
     @contextlib.contextmanager
@@ -165,6 +166,7 @@ class Logger:
         sums = dict(zip(self._sums, values.tolist(), strict=False))
         totals = {name: self._carried.get(name, 0.0) + sums.get(name, 0.0) for name in self._carried | sums}
         totals["steps"] = self._carried.get("steps", 0) + self._losses
+        totals = totals if totals["steps"] else {}
         return totals, values.tolist()[len(sums) :]
 
     def _report(self, step: int, scalars: dict[str, float | Tensor | None]) -> None:
@@ -172,9 +174,9 @@ class Logger:
         now = time.monotonic()
         elapsed = max(now - self._window - self._paused, 1e-9)
         speed = self._timed * self.batch_size / elapsed
-        count = totals.pop("steps")
+        count = totals.pop("steps", 0)
         line: dict[str, Any] = {"step": step, "time": now - self._begun}
-        line |= {name: total / count for name, total in totals.items()} if count else {}
+        line |= {name: total / count for name, total in totals.items()}
         line |= {k: v if isinstance(v, int) else float(v) for k, v in scalars.items() if v is not None}
         line |= {"images_per_second": speed, "data_wait": max(waits) / elapsed}
         if len(waits) > 1:
@@ -243,27 +245,34 @@ class _Terminal(logging.Handler):
             tqdm.write(self.format(record), file=sys.stderr)
 
 
-def _attach_handlers(folder: Path, rank: int) -> Callable[[], None]:
-    """Sends the package's log records to the terminal and to train.log; returns what undoes it."""
-    terminal = _Terminal(logging.INFO if rank == 0 else logging.WARNING)
-    terminal.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
-    handlers: list[logging.Handler] = [terminal]
+class _RunFile(logging.FileHandler):
+    """train.log; a class of its own so that `stop_logging` takes away nobody else's."""
+
+
+def start_logging(folder: str | Path, rank: int = 0) -> None:
+    """Sends the package's log records to the terminal and, from rank 0, to train.log in `folder`.
+
+    `Logger` does so too; call it earlier for what is said before there is one. Calling it again starts afresh.
+    """
+    stop_logging()
+    handlers: list[logging.Handler] = [_Terminal(logging.INFO if rank == 0 else logging.WARNING)]
+    handlers[0].setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(folder / "train.log", encoding="utf-8"))
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    level = PACKAGE.level
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        handlers.append(_RunFile(Path(folder) / "train.log", encoding="utf-8"))
+        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     PACKAGE.setLevel(logging.INFO)
     for handler in handlers:
         PACKAGE.addHandler(handler)
 
-    def detach() -> None:
-        PACKAGE.setLevel(level)
-        for handler in handlers:
+
+def stop_logging() -> None:
+    """Undoes `start_logging`."""
+    PACKAGE.setLevel(logging.NOTSET)
+    for handler in PACKAGE.handlers[:]:
+        if isinstance(handler, _Terminal | _RunFile):
             PACKAGE.removeHandler(handler)
             handler.close()
-
-    return detach
 
 
 def _open_metrics(path: Path, start: int) -> TextIO:
