@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from aimv2.layers import NORMS, Block, KeyValueCache, init_trunk
 
+TRUNCATED_STD = 0.87962566103423978  # deviation of a standard normal cut off at -2 and 2
+
 
 @dataclass(slots=True, kw_only=True)
 class DecoderConfig:
@@ -53,7 +55,7 @@ class MultimodalDecoder(nn.Module):
         nn.init.normal_(self.text_positions, std=0.01)
         init_trunk(self.blocks)
         for head in (self.pixel_head, self.text_head):
-            std = (1 / (1 + self.config.depth) / self.config.width) ** 0.5
+            std = (1 / (1 + self.config.depth) / self.config.width) ** 0.5 / TRUNCATED_STD
             nn.init.trunc_normal_(head.weight, std=std, a=-2 * std, b=2 * std)
 
     def forward(self, features: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,6 +106,8 @@ class MultimodalDecoder(nn.Module):
         Keys and values are cached, so each position runs once. Each caption ends before its EOS, or after
         `max_tokens` (at most, and by default, the context length).
         """
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens {max_tokens}: expected at least 1")
         limit = min(max_tokens or self.config.context_length, self.config.context_length)
         cache = KeyValueCache()
         empty = torch.empty(len(features), 0, dtype=torch.long, device=features.device)
@@ -126,9 +130,12 @@ def sample_token(
     logits: Tensor, temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
     """Logits (B, V) -> ids (B,): the argmax at temperature 0, else drawn from the smallest set holding `top_p`."""
+    if temperature < 0 or not 0 <= top_p <= 1:
+        raise ValueError(f"temperature {temperature}, top_p {top_p}: expected at least 0, and between 0 and 1")
     if temperature == 0:
         return logits.argmax(dim=-1)
     probability, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     mass_before = probability.cumsum(dim=-1) - probability
-    probability = probability.masked_fill(mass_before >= top_p, 0.0)  # the likeliest token always stays
+    dropped = (mass_before >= top_p) & (mass_before > 0)  # the likeliest token always stays
+    probability = probability.masked_fill(dropped, 0.0)
     return order.gather(1, torch.multinomial(probability, 1, generator=generator)).squeeze(1)
