@@ -51,10 +51,6 @@ class KeyValueCache:
         self.layers[layer] = key, value
         return key, value
 
-    @property
-    def length(self) -> int:
-        return self.layers[0][0].shape[2] if self.layers else 0
-
 
 class Attention(nn.Module):
     """Multi-head self-attention without biases; the mask is an argument."""
