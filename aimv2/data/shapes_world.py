@@ -1,9 +1,9 @@
 """The shapes world: scenes of coloured shapes, drawn with their masks, as a pure function of (seed, split, index).
 
-A scene lies on a grid of square cells, each with room for one object, so objects never overlap. All attributes are
-drawn independently and uniformly: the number of objects, then distinct places, then shape, colour and size of each.
-Nothing about an object can be guessed from another one, from its place or from the background, which is what makes
-the chance levels of the labels and questions exact.
+All attributes are drawn independently and uniformly: the number of objects, then distinct places (the cells of a
+grid), then shape, colour and size of each. Nothing about an object can be guessed from another one, from its place or
+from the background, which is what makes the chance levels of the labels and questions exact. Last, each object's
+centre is drawn around that of its cell, again until no two objects touch.
 
 Pixels are xyxy with the origin at the top left corner, y downwards.
 """
@@ -20,24 +20,25 @@ COLOURS = ("red", "yellow", "green", "cyan", "blue", "purple")
 SIZES = ("big", "small")
 SPLITS = ("train", "validation", "test")
 
-CELL = 24  # pixels; one object each
+CELL = 24  # pixels
 OVERSAMPLING = 8
 
 # Degrees. At least 44 apart where the jitter is 8, so the names stay true after JPEG.
 _HUES = {"red": 0, "yellow": 55, "green": 120, "cyan": 182, "blue": 226, "purple": 288}
 _HUE_JITTER = 8
 _RADII = {"big": (7.8, 8.6), "small": (4.9, 5.4)}  # pixels
-_SHIFTS = {"big": 1.0, "small": 4.0}  # largest shift from the cell's centre along x and y, pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """One difficulty: a `grid` x `grid` board of cells, 1 to `most_objects` objects, each turned by up to `turn` degrees."""
+    """One difficulty: 1 to `most_objects` objects on `grid` x `grid` cells."""
 
     name: str
     grid: int
     most_objects: int
-    turn: float
+    turn: float  # largest rotation, degrees
+    wander: float  # largest distance along x and y from the centre of the cell, pixels
+    contrast: tuple[float, float]  # least and most amplitude of the background's texture, of 255
     places: tuple[str, ...]  # in reading order
 
     @property
@@ -51,6 +52,8 @@ WORLDS = {
         grid=2,
         most_objects=2,
         turn=20.0,
+        wander=4.0,
+        contrast=(8.0, 16.0),
         places=("top left", "top right", "bottom left", "bottom right"),
     ),
     "full": World(
@@ -58,6 +61,8 @@ WORLDS = {
         grid=3,
         most_objects=3,
         turn=180.0,
+        wander=8.0,
+        contrast=(15.0, 40.0),
         places=(
             *("top left", "top", "top right"),
             *("left", "centre", "right"),
@@ -80,15 +85,15 @@ def world(difficulty: str) -> World:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Object:
-    """One drawn shape. `coverage` is its cell's anti-aliased mask; the box is that of the mask's pixels."""
+    """One drawn shape. `coverage` is its anti-aliased mask in a window of the image; its box is taken from it."""
 
     shape: str
     colour: str
     size: str
     place: str
     rgb: tuple[float, float, float]  # 0 to 255
-    corner: tuple[int, int]  # x, y of the cell's top left pixel
-    coverage: np.ndarray = field(repr=False, compare=False)  # (CELL, CELL) float32 in [0, 1]
+    corner: tuple[int, int]  # x, y of the window's top left pixel
+    coverage: np.ndarray = field(repr=False, compare=False)  # (H, W) float32 in [0, 1]
 
     @property
     def attributes(self) -> tuple[str, str, str, str]:
@@ -148,28 +153,40 @@ def scene(seed: int, split: str, index: int, difficulty: str) -> Scene:
     rng = _generator(seed, split, index, difficulty, "objects")
     count = int(rng.integers(1, board.most_objects + 1))
     cells = sorted(rng.choice(len(board.places), size=count, replace=False).tolist())
-    objects = tuple(_draw_object(rng, board, cell) for cell in cells)
+    names = [tuple(options[rng.integers(len(options))] for options in (SHAPES, COLOURS, SIZES)) for _ in cells]
+    radii = [rng.uniform(*_RADII[size]) for *_, size in names]
+    centres = _centres(rng, board, cells, radii)
+    objects = tuple(
+        Object(
+            shape=shape,
+            colour=colour,
+            size=size,
+            place=board.places[cell],
+            rgb=_shade(rng, colour),
+            **_drawn(shape, radius, centre, rng.uniform(-board.turn, board.turn), board.image_size),
+        )
+        for (shape, colour, size), cell, radius, centre in zip(names, cells, radii, centres, strict=True)
+    )
     return Scene(seed=seed, split=split, index=index, difficulty=difficulty, objects=objects)
 
 
-def _draw_object(rng: np.random.Generator, board: World, cell: int) -> Object:
-    shape, colour = (names[rng.integers(len(names))] for names in (SHAPES, COLOURS))
-    size = SIZES[rng.integers(len(SIZES))]
-    radius = rng.uniform(*_RADII[size])
-    shift = rng.uniform(-_SHIFTS[size], _SHIFTS[size], 2)
-    turn = math.radians(rng.uniform(-board.turn, board.turn))
+def _centres(rng: np.random.Generator, board: World, cells: list[int], radii: list[float]) -> np.ndarray:
+    """Centres (objects, 2) in pixels: inside the image, within `wander` of the cells' centres, and not touching."""
+    reach = _REACH * np.array(radii)[:, None]
+    middle = CELL * (np.array([(cell % board.grid, cell // board.grid) for cell in cells]) + 0.5)
+    low = np.maximum(middle - board.wander, reach + 1)
+    high = np.minimum(middle + board.wander, board.image_size - 1 - reach)
+    while True:
+        centres = rng.uniform(low, high)
+        gaps = np.linalg.norm(centres[:, None] - centres, axis=-1) - reach - reach.T
+        if (gaps[np.triu_indices(len(cells), 1)] > 1).all():
+            return centres
+
+
+def _shade(rng: np.random.Generator, colour: str) -> tuple[float, float, float]:
     hue = (_HUES[colour] + rng.uniform(-_HUE_JITTER, _HUE_JITTER)) % 360 / 360
-    rgb = colorsys.hsv_to_rgb(hue, rng.uniform(0.75, 1.0), rng.uniform(0.75, 1.0))
-    row, column = divmod(cell, board.grid)
-    return Object(
-        shape=shape,
-        colour=colour,
-        size=size,
-        place=board.places[cell],
-        rgb=tuple(255 * channel for channel in rgb),
-        corner=(column * CELL, row * CELL),
-        coverage=_coverage(shape, radius, shift, turn),
-    )
+    red, green, blue = colorsys.hsv_to_rgb(hue, rng.uniform(0.75, 1.0), rng.uniform(0.75, 1.0))
+    return 255 * red, 255 * green, 255 * blue
 
 
 def _regular(corners: int, radius: float) -> np.ndarray:
@@ -202,35 +219,40 @@ _HOLES = {"ring": _regular(48, 0.6)}
 _REACH = 1.26
 
 
-def _coverage(shape: str, radius: float, shift: np.ndarray, turn: float) -> np.ndarray:
-    """The cell's mask (CELL, CELL) float32: the covered share of each pixel, by supersampling."""
-    cosine, sine = math.cos(turn), math.sin(turn)
+def _drawn(shape: str, radius: float, centre: np.ndarray, turn: float, image_size: int) -> dict:
+    """The mask of one object and its window's corner. A pixel's value is its covered share, by supersampling."""
+    corner = np.floor(centre - _REACH * radius).astype(int).clip(0)
+    width, height = np.minimum(np.ceil(centre + _REACH * radius).astype(int), image_size) - corner
+    cosine, sine = math.cos(math.radians(turn)), math.sin(math.radians(turn))
     rotation = np.array([(cosine, sine), (-sine, cosine)])
-    canvas = Image.new("L", (CELL * OVERSAMPLING, CELL * OVERSAMPLING))
+    canvas = Image.new("L", (int(width) * OVERSAMPLING, int(height) * OVERSAMPLING))
     draw = ImageDraw.Draw(canvas)
     for outlines, value in ((_OUTLINES, 255), (_HOLES, 0)):
         if shape in outlines:
-            points = outlines[shape] @ rotation * radius + CELL / 2 + shift  # (K, 2) pixels of the cell
+            points = outlines[shape] @ rotation * radius + centre - corner  # (K, 2) pixels of the window
             draw.polygon((points * OVERSAMPLING - 0.5).ravel().tolist(), fill=value)
-    return np.asarray(canvas.reduce(OVERSAMPLING), dtype=np.float32) / 255
+    coverage = np.asarray(canvas.reduce(OVERSAMPLING), dtype=np.float32) / 255
+    return {"corner": (int(corner[0]), int(corner[1])), "coverage": coverage}
 
 
 def render(scene: Scene) -> Image.Image:
     """Paint the objects over their background: an RGB image of `scene.image_size` squared."""
-    canvas = _background(scene.generator("background"), scene.image_size)  # (H, W, 3)
+    canvas = _background(scene.generator("background"), world(scene.difficulty))  # (H, W, 3)
     for thing in scene.objects:
         x, y = thing.corner
-        cell = canvas[y : y + CELL, x : x + CELL]
-        cell += thing.coverage[..., None] * (np.asarray(thing.rgb, dtype=np.float32) - cell)
+        height, width = thing.coverage.shape
+        window = canvas[y : y + height, x : x + width]
+        window += thing.coverage[..., None] * (np.asarray(thing.rgb, dtype=np.float32) - window)
     return Image.fromarray((canvas + 0.5).clip(0, 255).astype(np.uint8))
 
 
-def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+def _background(rng: np.random.Generator, board: World) -> np.ndarray:
     """A greyish texture (size, size, 3) float32: a ramp, stripes or clouds, faint and smooth.
 
     Smooth, because pixel targets are normalised patch by patch: in a patch of fine noise, however faint, all of the
     target would be unpredictable.
     """
+    size = board.image_size
     grey = rng.uniform(70, 185) + rng.uniform(-12, 12, 3)
     y, x = np.mgrid[:size, :size].astype(np.float32)
     waves = {"ramp": 1, "stripes": 1, "clouds": 3}
@@ -244,5 +266,5 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
         else:
             length = rng.uniform(10, 20) if kind == "stripes" else rng.uniform(24, 60)
             texture += np.sin(2 * np.pi * along / length + phase)
-    strength = rng.uniform(8, 16) / waves[kind] ** 0.5 * rng.uniform(0.8, 1.2, 3)
+    strength = rng.uniform(*board.contrast) / waves[kind] ** 0.5 * rng.uniform(0.8, 1.2, 3)
     return (grey + texture[..., None] * strength).astype(np.float32)
