@@ -1,0 +1,73 @@
+"""The objective's losses over a held-out split."""
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from aimv2.data.batch import Batch, Counts, count_targets
+from aimv2.data.loader import DataConfig, validation_loader
+from aimv2.data.shapes import caption_entropy
+from aimv2.evals.harness import at_rest, sum_over_ranks
+
+
+@dataclass(slots=True, kw_only=True)
+class ValidationLoss:
+    """Whatever the objective returns, over the whole split: `pixel_loss` is the mean over supervised patches,
+    `caption_loss` the mean over caption tokens, EOS included, in nats.
+
+    If the data are the shapes world, `caption_entropy` stands beside them: nats per token that no model goes below.
+    """
+
+    name: ClassVar[str] = "validation"
+    every: int = 500  # steps; 0: at the end only
+    samples: int = 512  # at most, over all ranks
+    batch_size: int = 64  # images per rank and pass
+
+    def build(
+        self, data: DataConfig, *, patch_size: int, seed: int, rank: int, world_size: int, device: torch.device
+    ) -> Callable[[nn.Module], dict[str, float]]:
+        """The eval, objective -> {name: number}: the same samples and prefixes at each call, equal on all ranks."""
+        loader = validation_loader(
+            data,
+            patch_size=patch_size,
+            micro_batch=self.batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            limit=self.samples,
+        )
+        # On the first call, not here: a run should not wait for it.
+        totals = functools.cache(lambda: count_split(loader, world_size, device))
+
+        def evaluate(objective: nn.Module) -> dict[str, float]:
+            counts, captions = totals()
+            sums: dict[str, Tensor] = {}
+            with at_rest(objective):
+                for batch in loader:
+                    for name, loss in objective(batch.to(device), counts).items():
+                        sums[name] = sums.get(name, 0.0) + loss.double()
+            metrics = dict(zip(sums, sum_over_ranks(torch.stack(list(sums.values()))).tolist(), strict=True))
+            if data.made_by is not None:
+                metrics["caption_entropy"] = caption_entropy(data.made_by.difficulty) * captions / counts.tokens.item()
+            return metrics
+
+        return evaluate
+
+
+def count_split(loader: Iterable[Batch], world_size: int, device: torch.device) -> tuple[Counts, int]:
+    """Targets and captions of all ranks' batches. Losses divided by the split's counts simply add up, as in training.
+
+    Raises ValueError if there are fewer samples than ranks: the losses of a rank without any are unknown.
+    """
+    totals = torch.zeros(4, dtype=torch.float64)  # patches, tokens, captions, samples
+    for batch in loader:
+        totals += torch.tensor([*count_targets([batch]), (batch.text_length > 0).sum(), len(batch)])
+    patches, tokens, captions, samples = sum_over_ranks(totals.to(device))
+    if samples < world_size:
+        raise ValueError(f"{samples:.0f} validation samples for {world_size} ranks: expected at least one for each")
+    counts = Counts(patches=patches.clamp(min=1).float(), tokens=tokens.clamp(min=1).float())
+    return counts, int(captions)
