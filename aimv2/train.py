@@ -1,0 +1,218 @@
+"""The training loop: one loop for every objective."""
+
+import json
+import logging
+import os
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from aimv2.checkpoint import TrainState, restore, save
+from aimv2.config import ConfigError, compare_configs, to_json
+from aimv2.data.batch import Batch
+from aimv2.data.loader import DataConfig, all_shards, fingerprint, train_loader
+from aimv2.data.shapes import is_written, write_shards
+from aimv2.data.shards import ensure_indices
+from aimv2.data.tokenizer import Tokenizer
+from aimv2.engine import (
+    Engine,
+    EngineConfig,
+    Preemption,
+    backward,
+    build_engine,
+    evaluation_model,
+    full_state_dict,
+    global_counts,
+    on_rank_zero,
+    set_learning_rate,
+    start_distributed,
+)
+from aimv2.evals.shapes_captions import ShapesCaptions
+from aimv2.evals.validation import ValidationLoss
+from aimv2.hub import export_model
+from aimv2.logger import Logger, start_logging
+from aimv2.objectives.aimv2 import AIMv2Config
+from aimv2.optim import OptimConfig
+
+logger = logging.getLogger(__name__)
+
+MOST_SKIPPED_IN_A_ROW = 5
+MAY_CHANGE_ON_RESUME = {"out", "steps", "save_every", "keep", "log_every", "wandb", "evals", "data.workers"}
+
+
+class TrainingError(RuntimeError):
+    """The run can't go on; the message says why."""
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainConfig:
+    """A whole run. `configs/*.py` return one; the command line changes fields by `key.sub=value`."""
+
+    objective: AIMv2Config
+    data: DataConfig
+    optim: OptimConfig
+    engine: EngineConfig
+    steps: int
+    out: str
+    seed: int = 0
+    save_every: int = 1000
+    keep: int = 2  # checkpoints
+    log_every: int = 10
+    evals: list[ValidationLoss | ShapesCaptions] = field(default_factory=list)
+    wandb: str | None = None  # project
+
+    def __post_init__(self):
+        vision, decoder, data = self.objective.vision, self.objective.decoder, self.data
+        if data.transform.image_size != vision.image_size:
+            raise ValueError(
+                f"data.transform.image_size {data.transform.image_size} is not "
+                f"objective.vision.image_size {vision.image_size}, which the positions are made for"
+            )
+        if data.context_length > decoder.context_length:
+            raise ValueError(
+                f"data.context_length {data.context_length} is more than "
+                f"objective.decoder.context_length {decoder.context_length}"
+            )
+        for name in ("steps", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more")
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    """Whether something done `every` so many steps, and at the end, is done after step `step`; 0 is only at the end."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def prepare_data(config: DataConfig) -> None:
+    """Write the data if they are missing and the config knows how, and index the shards. For rank 0."""
+    recipe = config.made_by
+    if recipe is not None and not is_written(recipe):
+        logger.info("%s: no data there, so writing %d images first", recipe.folder, recipe.train + recipe.validation)
+        with tqdm(total=recipe.train + recipe.validation, unit="image") as bar:
+            write_shards(recipe, workers=os.cpu_count(), progress=bar.update)
+    ensure_indices(all_shards(config))
+
+
+def prepare_run(config: TrainConfig) -> None:
+    """Make the run folder, or make sure that it is this run's. For rank 0."""
+    path = Path(config.out) / "config.json"
+    if path.exists():
+        saved = json.loads(path.read_text())
+        if differences := compare_configs(saved, to_json(config), MAY_CHANGE_ON_RESUME):
+            raise ConfigError(f"{config.out} is the folder of another run: {'; '.join(differences)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(to_json(config), indent=2) + "\n")
+    temporary.replace(path)
+
+
+def load_tokenizer(config: TrainConfig) -> Tokenizer:
+    tokenizer = Tokenizer(config.data.tokenizer)
+    vocab_size = config.objective.decoder.vocab_size
+    if tokenizer.vocab_size != vocab_size:
+        raise ConfigError(
+            f"data.tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} pieces, "
+            f"but objective.decoder.vocab_size is {vocab_size}"
+        )
+    return tokenizer
+
+
+def train(config: TrainConfig) -> TrainState:
+    """Train until `config.steps`, going on from the newest checkpoint of the run folder `config.out` if it has one.
+
+    Ends early, with a checkpoint, when any rank is told to stop (SIGTERM, SIGINT). Else ends with `export/`.
+    """
+    device = start_distributed()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    config.engine.accumulation(world_size)  # a batch that doesn't divide is refused before anything is written
+    tokenizer = load_tokenizer(config)
+    on_rank_zero(lambda: prepare_run(config))
+    start_logging(config.out, rank)
+    on_rank_zero(lambda: prepare_data(config.data))
+
+    torch.manual_seed(config.seed)
+    engine = build_engine(config.objective.build(), config.optim, config.engine)
+    fingerprints = {"data": fingerprint(config.data), "tokenizer": tokenizer.fingerprint}
+    state = restore(engine, config.out, fingerprints=fingerprints) or TrainState()
+    keyed = {"patch_size": config.objective.vision.patch_size, "seed": config.seed}
+    keyed |= {"rank": rank, "world_size": world_size}
+    loader = train_loader(config.data, micro_batch=config.engine.micro_batch, start=state.sample, **keyed)
+    evals = [(e, e.build(config.data, device=device, **keyed)) for e in config.evals]
+    preempted = Preemption(device)
+    with closing(open_logger(config, state, rank)) as log:
+        batches = iter(loader)
+        skipped_in_a_row = 0
+        while state.step < config.steps:
+            lr = set_learning_rate(engine, config.optim, state.step, config.steps)
+            with log.waiting():
+                micro_batches = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
+            counts = global_counts(micro_batches, device)
+            for batch in micro_batches:
+                losses = engine(batch.to(device), counts)
+                backward(engine, losses["loss"])
+                engine.step()
+                log.add(losses)
+            skipped_in_a_row = note_skip(engine, state, micro_batches, skipped_in_a_row)
+            state.step += 1
+            state.sample += config.engine.batch_size
+            log.step(state.step, lr=lr, grad_norm=engine.get_global_grad_norm(), skipped=state.skipped or None)
+            for settings, evaluate in evals:
+                if due(state.step, settings.every, config.steps):
+                    with log.paused():
+                        model = evaluation_model(engine, config.objective.build)
+                        log.evaluation(state.step, settings.name, evaluate(model))
+            stop = preempted()
+            if stop or due(state.step, config.save_every, config.steps):
+                with log.paused():
+                    state.log = log.pending()
+                    save(engine, state, config.out, config=to_json(config), fingerprints=fingerprints, keep=config.keep)
+            if stop:
+                log.message(f"told to stop: saved step {state.step}; the same command goes on from there")
+                return state
+        finish(config, engine)
+    return state
+
+
+def open_logger(config: TrainConfig, state: TrainState, rank: int) -> Logger:
+    return Logger(
+        config.out,
+        steps=config.steps,
+        batch_size=config.engine.batch_size,
+        every=config.log_every,
+        wandb=config.wandb,
+        rank=rank,
+        start=state.step,
+        pending=state.log,
+    )
+
+
+def note_skip(engine: Engine, state: TrainState, micro_batches: list[Batch], in_a_row: int) -> int:
+    """Count the step if the engine skipped it, on all ranks, for a gradient that was not finite; end hopeless runs."""
+    if engine.was_step_applied():
+        return 0
+    state.skipped += 1
+    samples = torch.cat([batch.sample for batch in micro_batches]).tolist()
+    logger.warning("step %d skipped, its gradient is not finite; this rank's samples: %s", state.step + 1, samples)
+    if in_a_row + 1 >= MOST_SKIPPED_IN_A_ROW:
+        raise TrainingError(f"{in_a_row + 1} steps in a row, up to {state.step + 1}, had no finite gradient")
+    return in_a_row + 1
+
+
+def finish(config: TrainConfig, engine: Engine) -> None:
+    """Export the model; every rank calls it, for the weights are gathered from all."""
+    weights = full_state_dict(engine)
+    on_rank_zero(
+        lambda: export_model(
+            weights,
+            Path(config.out) / "export",
+            objective=to_json(config.objective),
+            transform=config.data.transform,
+            tokenizer=config.data.tokenizer,
+            metadata={"steps": config.steps, "images": config.steps * config.engine.batch_size, "seed": config.seed},
+        )
+    )
+    logger.info("exported to %s", Path(config.out) / "export")
