@@ -13,7 +13,6 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
 import sys
 import traceback
 import types
@@ -80,9 +79,6 @@ def compare_configs(saved: dict[str, Any], current: dict[str, Any], may_change: 
     return differences
 
 
-# -- Executing the file ------------------------------------------------------------------------------------------------
-
-
 def _execute(path: Path) -> Any:
     """Runs the file as a module of its own and returns what its `config()` returns."""
     if not path.is_file():
@@ -100,12 +96,10 @@ def _execute(path: Path) -> Any:
         raise
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        place = f"{path}, line {line}" if line else str(path)
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines.append(error.lineno)
+        place = f"{path}, line {lines[-1]}" if lines else str(path)
         raise ConfigError(f"{place}: {type(error).__name__}: {error}") from error
-
-
-# -- Overrides ---------------------------------------------------------------------------------------------------------
 
 
 def _set(config: Any, key: str, text: str) -> None:
@@ -113,47 +107,42 @@ def _set(config: Any, key: str, text: str) -> None:
     *parents, last = key.split(".")
     owner, annotation, path = config, type(config), ""
     for name in parents:
-        annotation = _member(owner, annotation, name, path, key)
-        owner, path = _get(owner, name), _join(path, name)
-    value = _parse(_member(owner, annotation, last, path, key), text, key)
+        owner, annotation = _member(owner, annotation, name, path, key)
+        path = _join(path, name)
+    value = _parse(_member(owner, annotation, last, path, key)[1], text, key)
     if dataclasses.is_dataclass(owner):
         object.__setattr__(owner, last, value)  # frozen ones too: the deep copy is ours
     else:
         owner[int(last) if isinstance(owner, list) else last] = value
 
 
-def _get(owner: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(owner):
-        return getattr(owner, name)
-    return owner[int(name) if isinstance(owner, list) else name]
-
-
-def _member(owner: Any, annotation: Any, name: str, path: str, key: str) -> Any:
-    """The annotation of the member `name` of `owner`, found at `path`; ConfigError listing what exists if none."""
+def _member(owner: Any, annotation: Any, name: str, path: str, key: str) -> tuple[Any, Any]:
+    """(value, annotation) of the member `name` of `owner`, found at `path`; ConfigError listing what exists if none."""
     where = path or "the config"
     if dataclasses.is_dataclass(owner):
         hints = _hints(type(owner))
         if name in hints:
-            return hints[name]
+            return getattr(owner, name), hints[name]
         close = difflib.get_close_matches(name, hints, n=1) or _find(owner, name)
         hint = f"did you mean {_join(path, close[0])}? " if close else ""
         raise ConfigError(f"unknown key {key}: {hint}{where} has {', '.join(hints)}")
     if isinstance(owner, list):
         if name.isdecimal() and int(name) < len(owner):
-            return get_args(_choice_of(annotation, list))[0]
+            return owner[int(name)], get_args(_choice_of(annotation, list))[0]
         raise ConfigError(f"unknown key {key}: {where} is a list of {len(owner)}, counted from 0")
     if isinstance(owner, dict):
-        return get_args(_choice_of(annotation, dict))[1]
+        return owner.get(name), get_args(_choice_of(annotation, dict))[1]
     raise ConfigError(f"unknown key {key}: {where} is {_short(owner)} and has no fields")
 
 
 def _find(owner: Any, name: str) -> list[str]:
-    """Where, below the dataclass `owner`, there is a field called `name`."""
-    children = {field: getattr(owner, field) for field in _hints(type(owner))}
-    below = {field: child for field, child in children.items() if dataclasses.is_dataclass(child)}
-    return [field for field in children if field == name] + [
-        f"{field}.{place}" for field, child in below.items() for place in _find(child, name)
-    ]
+    """Where there is a field called `name` in the dataclass `owner` or below."""
+    places = []
+    for field in _hints(type(owner)):
+        child = getattr(owner, field)
+        places += [field] if field == name else []
+        places += [f"{field}.{place}" for place in _find(child, name)] if dataclasses.is_dataclass(child) else []
+    return places
 
 
 def _parse(annotation: Any, text: str, key: str) -> Any:
@@ -200,9 +189,6 @@ PARSERS = {
 }
 
 
-# -- The checked rebuild -----------------------------------------------------------------------------------------------
-
-
 def _build(annotation: Any, value: Any, path: str) -> Any:
     """`value`, a Python value or JSON data, as `annotation`; dataclasses are made anew, from the leaves up."""
     choices = _choices(annotation)
@@ -213,7 +199,7 @@ def _build(annotation: Any, value: Any, path: str) -> Any:
         return _build_dataclass(*_resolve(choices, value, path), path)
     for choice in choices:
         origin, arguments = get_origin(choice), get_args(choice)
-        if choice is float and type(value) in (int, float) and math.isfinite(value):
+        if choice is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
             return float(value)
         if choice is Path and isinstance(value, str | Path):
             return Path(value)
@@ -258,7 +244,7 @@ def _resolve(choices: tuple[Any, ...], data: dict[str, Any], path: str) -> tuple
             raise ConfigError(f'{path}: "type" is missing, expected one of {", ".join(named)}')
         return declared[0], data
     tag = data["type"]
-    if tag not in named:
+    if not isinstance(tag, str) or tag not in named:
         raise ConfigError(f"{_join(path, 'type')}: expected one of {', '.join(named)}, got {_short(tag)}")
     return named[tag], {name: value for name, value in data.items() if name != "type"}
 
@@ -280,9 +266,6 @@ def _plain(value: Any, annotation: Any) -> Any:
         kind = get_args(_choice_of(annotation, dict))[1]
         return {name: _plain(item, kind) for name, item in value.items()}
     return str(value) if isinstance(value, Path) else value
-
-
-# -- Annotations and messages ------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -339,9 +322,11 @@ def _join(path: str, name: str) -> str:
 
 
 def _flatten(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, leaf) pairs of JSON data; an empty dict or list is a leaf."""
-    if not data or not isinstance(data, dict | list):
+    """(dotted key, leaf) pairs of JSON data; a list without dicts is a leaf."""
+    if isinstance(data, list) and any(isinstance(item, dict) for item in data):
+        data = dict(enumerate(data))
+    if not data or not isinstance(data, dict):
         yield path, data
         return
-    for name, item in data.items() if isinstance(data, dict) else enumerate(data):
+    for name, item in data.items():
         yield from _flatten(item, _join(path, str(name)))
