@@ -118,6 +118,7 @@ class VisionEncoder(nn.Module):
         height, width = image.shape[-2:]
         if height % p or width % p:
             raise ValueError(f"image of {height}x{width} pixels: both sides must be multiples of the patch size {p}")
+        image = image.to(self.patch_embed.weight.dtype)  # batches are fp32, the weights may be bf16
         x = self.patch_embed(image).flatten(2).transpose(1, 2)  # (B, N, D)
         x = self.patch_norm(x)
         x = x + self.positions(height // p, width // p, x.device).to(x)

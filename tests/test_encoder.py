@@ -299,7 +299,7 @@ def test_bf16_weights_give_bf16_features(config):
     encoder = random_encoder(config)
     image = torch.randn(2, 3, 56, 56)
     expected = encoder(image)
-    features = encoder.bfloat16()(image.bfloat16())
-    assert features.dtype == torch.bfloat16
+    features = encoder.bfloat16()(image)
+    assert features.dtype == torch.bfloat16 and torch.equal(features, encoder(image.bfloat16()))
     # 8 bits a value, 2^-9 relative each time one is rounded; some 30 roundings on the way, at random
     assert (features - expected).norm() / expected.norm() < 30**0.5 * 2**-8
