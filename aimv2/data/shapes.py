@@ -14,7 +14,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from aimv2.data.shapes_language import caption_entropy, captions, parse_caption
+from aimv2.data.shapes_language import (
+    Question,
+    Reference,
+    caption_entropy,
+    captions,
+    parse_caption,
+    question_chances,
+    questions,
+    references,
+)
 from aimv2.data.shapes_world import COLOURS, SHAPES, SIZES, WORLDS, Object, Scene, World, render, scene, world
 
 __all__ = [
@@ -23,6 +32,8 @@ __all__ = [
     "SIZES",
     "WORLDS",
     "Object",
+    "Question",
+    "Reference",
     "Scene",
     "ShapesRecipe",
     "World",
@@ -31,6 +42,9 @@ __all__ = [
     "encode_sample",
     "is_written",
     "parse_caption",
+    "question_chances",
+    "questions",
+    "references",
     "render",
     "scene",
     "world",
@@ -65,9 +79,8 @@ def is_written(recipe: ShapesRecipe) -> bool:
         ValueError: the folder holds (or has begun to hold) the data of another recipe; names what differs.
     """
     folder = Path(recipe.folder)
-    for marker in (folder / _DONE, folder / _BEGUN):
-        if marker.is_file():
-            _check_same(json.loads(marker.read_text()), _contents(recipe), marker)
+    for marker in _marked(folder):
+        _check_same(json.loads(marker.read_text()), _contents(recipe), marker)
     return (folder / _DONE).is_file() and all((folder / name).is_file() for name, *_ in _shards(recipe))
 
 
@@ -81,13 +94,16 @@ def write_shards(recipe: ShapesRecipe, workers: int = 1, progress: Callable[[int
         progress: called in this process with the number of samples of each shard done (or found).
 
     Raises:
-        ValueError: the folder holds the data of another recipe.
+        ValueError: the folder holds the data of another recipe, or shards of no recipe at all.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}, expected at least 1")
     folder = Path(recipe.folder)
     if not is_written(recipe):
         folder.mkdir(parents=True, exist_ok=True)
+        strangers = [] if _marked(folder) else sorted(folder.glob("*.tar"))
+        if strangers:
+            raise ValueError(f"{folder} has {strangers[0].name} but no {_DONE}: expected an empty folder")
         (folder / _BEGUN).write_text(json.dumps(_contents(recipe), indent=2) + "\n")
     jobs = [(recipe, *shard) for shard in _shards(recipe)]
     if workers == 1:
@@ -102,6 +118,10 @@ def write_shards(recipe: ShapesRecipe, workers: int = 1, progress: Callable[[int
 
 
 _BEGUN, _DONE = "recipe.unfinished.json", "recipe.json"
+
+
+def _marked(folder: Path) -> list[Path]:
+    return [folder / name for name in (_DONE, _BEGUN) if (folder / name).is_file()]
 
 
 def _report(counts, progress: Callable[[int], None] | None) -> None:
@@ -155,10 +175,14 @@ def _write_shard(job: tuple[ShapesRecipe, str, str, range]) -> int:
 def encode_sample(scene: Scene) -> dict[str, bytes]:
     """The members of one sample: extension -> bytes.
 
-    `jpg` keeps full chroma (4:4:4), for colour is a label here. `txt` is the first caption. `json` has seed, split,
-    index, difficulty, image_size (pixels), captions (a list), objects (shape, colour, size, place, and box: xyxy
-    pixels) and labels. The labels are those of the first object in reading order: "shape" in [0, 6) and
-    "shape_colour" = 6 * shape + colour in [0, 36), both uniform; and "count", the number of objects.
+    `jpg` keeps full chroma (4:4:4), for colour is a label here. `txt` is the first caption. `json` holds
+
+    - seed, split, index, difficulty, image_size (pixels);
+    - captions: a list of strings;
+    - objects: shape, colour, size, place, and box (xyxy pixels), in reading order;
+    - labels: of the first object in reading order "shape" in [0, 6) and "shape_colour" = 6 * shape + colour in
+      [0, 36), both uniform; and "count", the number of objects;
+    - references and questions: the fields of Reference and Question.
     """
     jpeg = io.BytesIO()
     render(scene).save(jpeg, "JPEG", quality=92, subsampling=0)
@@ -177,6 +201,8 @@ def encode_sample(scene: Scene) -> dict[str, bytes]:
             for o in scene.objects
         ],
         "labels": {"shape": shape, "shape_colour": shape * len(COLOURS) + colour, "count": len(scene.objects)},
+        "references": [reference._asdict() for reference in references(scene)],
+        "questions": [question._asdict() for question in questions(scene)],
     }
     return {
         "jpg": jpeg.getvalue(),

@@ -1,4 +1,4 @@
-"""What can be said of a shapes scene: captions, and the parser that reads them back.
+"""What can be said of a shapes scene: captions and the parser that reads them back, references, questions.
 
 A caption is a full description: every object with its size, colour, shape and place, in one of three forms:
 
@@ -7,8 +7,10 @@ A caption is a full description: every object with its size, colour, shape and p
     the red circle at top left is big and the blue star at bottom right is small
 """
 
+import itertools
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,3 +70,96 @@ def parse_caption(text: str, difficulty: str = "full") -> frozenset[tuple[str, s
             distinct = len({place for *_, place in found}) == len(matches)
             return found if distinct else None
     return None
+
+
+class Reference(NamedTuple):
+    """Words that mean one object of a scene."""
+
+    expression: str
+    object: int  # its index in scene.objects
+    box: tuple[float, float, float, float]  # xyxy in [0, 1]
+    with_place: bool  # the words alone tell the place; only between twins, which nothing else tells apart
+
+
+class Question(NamedTuple):
+    kind: str  # a key of question_chances
+    question: str
+    answer: str
+
+
+def references(scene: Scene) -> list[Reference]:
+    """For each object of a scene with several, its shortest unambiguous expression, drawn among equally short ones.
+
+    Whoever boxes a random object is right in one of len(scene.objects).
+    """
+    if len(scene.objects) < 2:
+        return []
+    rng = scene.generator("references")
+    found = []
+    for index, thing in enumerate(scene.objects):
+        expression, with_place = _refer(rng, scene, thing, ("size", "colour", "shape"))
+        box = tuple(edge / scene.image_size for edge in thing.box)
+        found.append(Reference(expression=expression, object=index, box=box, with_place=with_place))
+    return found
+
+
+def _refer(rng: np.random.Generator, scene: Scene, thing: Object, allowed: tuple[str, ...]) -> tuple[str, bool]:
+    """The shortest expression of `allowed` attributes that fits only `thing`, or its place; and whether the latter."""
+    fitting = []
+    for number in range(len(allowed) + 1):
+        for names in itertools.combinations(allowed, number):
+            rivals = [o for o in scene.objects if all(getattr(o, name) == getattr(thing, name) for name in names)]
+            if len(rivals) == 1:
+                adjectives = [getattr(thing, name) for name in names if name != "shape"]
+                fitting.append(" ".join(["the", *adjectives, thing.shape if "shape" in names else "object"]))
+    if not fitting:
+        return f"the object at {thing.place}", True
+    fewest = min(expression.count(" ") for expression in fitting)
+    shortest = [expression for expression in fitting if expression.count(" ") == fewest]
+    return shortest[rng.integers(len(shortest))], False
+
+
+def question_chances(difficulty: str) -> dict[str, float]:
+    """Kind of question -> accuracy of a guess: the answers of each kind are uniform, whatever the question's words."""
+    board = world(difficulty)
+    return {
+        "exists": 1 / 2,
+        "colour": 1 / len(COLOURS),
+        "shape": 1 / len(SHAPES),
+        "size": 1 / len(SIZES),
+        "place": 1 / len(board.places),
+        "count": 1 / board.most_objects,
+    }
+
+
+def questions(scene: Scene) -> list[Question]:
+    """One question of each kind, about a random object (none about the place where only places tell objects apart).
+
+    The words that pick out the object never use what is asked for, and an object's attributes are independent and
+    uniform, so the words carry no hint of the answer.
+    """
+    rng = scene.generator("questions")
+    asked = [_exists(rng, scene)]
+    for kind, phrase in (
+        ("colour", "what colour is {}?"),
+        ("shape", "what shape is {}?"),
+        ("size", "is {} big or small?"),
+        ("place", "where is {}?"),
+    ):
+        thing = scene.objects[rng.integers(len(scene.objects))]
+        allowed = tuple(name for name in ("size", "colour", "shape") if name != kind)
+        words, with_place = _refer(rng, scene, thing, allowed)
+        if not (kind == "place" and with_place):
+            asked.append(Question(kind=kind, question=phrase.format(words), answer=getattr(thing, kind)))
+    return [*asked, Question(kind="count", question="how many objects are there?", answer=str(len(scene.objects)))]
+
+
+def _exists(rng: np.random.Generator, scene: Scene) -> Question:
+    """The answer is drawn first. For a no, one attribute of an object is changed to make what is not there."""
+    present = {(thing.colour, thing.shape) for thing in scene.objects}
+    colour, shape = sorted(present)[rng.integers(len(present))]
+    answer = ("yes", "no")[rng.integers(2)]
+    if answer == "no":
+        absent = [(c, s) for c in COLOURS for s in SHAPES if (c == colour) != (s == shape) and (c, s) not in present]
+        colour, shape = absent[rng.integers(len(absent))]
+    return Question(kind="exists", question=f"is there a {colour} {shape}?", answer=answer)

@@ -9,6 +9,7 @@ Pixels are xyxy with the origin at the top left corner, y downwards.
 """
 
 import colorsys
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -127,11 +128,11 @@ class Scene:
         return world(self.difficulty).image_size
 
     def generator(self, stream: str) -> np.random.Generator:
-        """A generator of this scene's own for "objects", "background", "captions" or "questions"."""
+        """A generator of this scene's own, for one of _STREAMS."""
         return _generator(self.seed, self.split, self.index, self.difficulty, stream)
 
 
-_STREAMS = ("objects", "background", "captions", "questions")
+_STREAMS = ("objects", "background", "captions", "references", "questions")
 
 
 def _generator(seed: int, split: str, index: int, difficulty: str, stream: str) -> np.random.Generator:
@@ -171,15 +172,15 @@ def scene(seed: int, split: str, index: int, difficulty: str) -> Scene:
 
 
 def _centres(rng: np.random.Generator, board: World, cells: list[int], radii: list[float]) -> np.ndarray:
-    """Centres (objects, 2) in pixels: inside the image, within `wander` of the cells' centres, and not touching."""
+    """Centres (objects, 2) in pixels: within `wander` of the cells' centres, a pixel off the edges and one another."""
     reach = _REACH * np.array(radii)[:, None]
     middle = CELL * (np.array([(cell % board.grid, cell // board.grid) for cell in cells]) + 0.5)
     low = np.maximum(middle - board.wander, reach + 1)
     high = np.minimum(middle + board.wander, board.image_size - 1 - reach)
+    pairs = tuple(itertools.combinations(range(len(cells)), 2))
     while True:
         centres = rng.uniform(low, high)
-        gaps = np.linalg.norm(centres[:, None] - centres, axis=-1) - reach - reach.T
-        if (gaps[np.triu_indices(len(cells), 1)] > 1).all():
+        if all(math.dist(centres[i], centres[j]) > _REACH * (radii[i] + radii[j]) + 1 for i, j in pairs):
             return centres
 
 
@@ -254,7 +255,8 @@ def _background(rng: np.random.Generator, board: World) -> np.ndarray:
     """
     size = board.image_size
     grey = rng.uniform(70, 185) + rng.uniform(-12, 12, 3)
-    y, x = np.mgrid[:size, :size].astype(np.float32)
+    x = np.arange(size, dtype=np.float32) - (size - 1) / 2
+    y = x[:, None]
     waves = {"ramp": 1, "stripes": 1, "clouds": 3}
     kind = tuple(waves)[rng.integers(len(waves))]
     texture = np.zeros((size, size), dtype=np.float32)
@@ -262,7 +264,7 @@ def _background(rng: np.random.Generator, board: World) -> np.ndarray:
         angle, phase = rng.uniform(0, 2 * np.pi, 2)
         along = x * math.cos(angle) + y * math.sin(angle)
         if kind == "ramp":
-            texture += 2 * (along - along.mean()) / size
+            texture += 2 * along / size
         else:
             length = rng.uniform(10, 20) if kind == "stripes" else rng.uniform(24, 60)
             texture += np.sin(2 * np.pi * along / length + phase)

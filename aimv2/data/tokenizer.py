@@ -1,7 +1,4 @@
-"""Captions to token ids: cleaning, a sentencepiece model, and training one.
-
-Needs `pip install "aimv2[train]"` (sentencepiece, ftfy).
-"""
+"""Captions to token ids: cleaning, a sentencepiece model, and training one."""
 
 import hashlib
 import html
@@ -12,8 +9,11 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import ftfy
-import sentencepiece
+try:
+    import ftfy
+    import sentencepiece
+except ImportError as error:
+    raise ImportError('tokenizers need ftfy and sentencepiece: pip install "aimv2[train]"') from error
 
 MOST_CHARACTERS = 1000  # of a clean caption
 FEWEST_ALPHANUMERICS = 3
