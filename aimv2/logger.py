@@ -11,13 +11,14 @@ listed in `TIMINGS`.
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -62,29 +63,26 @@ class Logger:
         self._carried = dict(pending or {})  # the window's steps before the resume, all ranks
         self._losses = 0  # steps in `_sums`
         self._begun = self._window = time.monotonic()
-        self._start, self._first_end = start, 0.0  # step and time from which the ETA is reckoned
+        self._origin: tuple[int, float] | None = None  # step and time from which the ETA is reckoned
         self._timed, self._paused, self._waited = 0, 0.0, 0.0  # steps and seconds since the last line
+        if wandb and importlib.util.find_spec("wandb") is None:
+            raise ValueError(f"wandb={wandb!r} needs the package wandb, which is not installed")
         start_logging(self.folder, rank)
-        self._closers: list[Callable[[], None]] = [stop_logging]
+        self._closers = contextlib.ExitStack()
+        self._closers.callback(stop_logging)
         self._bar = self._metrics = self._tensorboard = self._wandb = None
         if rank == 0:
-            self._open(tensorboard, wandb)
+            self._open(start, tensorboard, wandb)
 
-    def _open(self, tensorboard: bool, wandb: str | None) -> None:
-        self._metrics = _open_metrics(self.folder / "metrics.jsonl", self._start)
-        self._closers.append(self._metrics.close)
-        if tensorboard:
-            self._tensorboard = _open_tensorboard(self.folder / "tensorboard", self._start)
-        if self._tensorboard is not None:
-            self._closers.append(self._tensorboard.close)
+    def _open(self, start: int, tensorboard: bool, wandb: str | None) -> None:
+        self._metrics = self._closers.enter_context(_open_metrics(self.folder / "metrics.jsonl", start))
+        if tensorboard and (writer := _open_tensorboard(self.folder / "tensorboard", start)):
+            self._tensorboard = self._closers.enter_context(writer)
         if wandb:
-            self._wandb = _open_wandb(wandb, self.folder)
-            self._closers.append(self._wandb.finish)
+            self._wandb = self._closers.enter_context(_open_wandb(wandb, self.folder))
         if sys.stderr.isatty():
-            self._bar = tqdm(total=self.steps, initial=self._start, unit="step", dynamic_ncols=True)
-            self._closers.append(self._bar.close)
-
-    # -- What the loop calls ---------------------------------------------------------------------------------------
+            bar = tqdm(total=self.steps, initial=start, unit="step", dynamic_ncols=True)
+            self._bar = self._closers.enter_context(bar)
 
     def add(self, losses: dict[str, Tensor]) -> None:
         """One micro-batch's scalar losses; kept on the device, no synchronisation."""
@@ -106,8 +104,8 @@ class Logger:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._losses += bool(self._step)
         self._step, self._timed = {}, self._timed + 1
-        if not self._first_end:  # the first step compiles and warms up
-            self._start, self._first_end = step, time.monotonic()
+        if self._origin is None:  # after the first step, which compiles and warms up
+            self._origin = step, time.monotonic()
         if self._bar is not None:
             self._bar.update(1)
         if step % self.every == 0 or step == self.steps:
@@ -145,10 +143,7 @@ class Logger:
 
     def close(self) -> None:
         """Flushes and closes everything; to be called at the end of the run, also after an error."""
-        while self._closers:
-            self._closers.pop()()
-
-    # -- One line --------------------------------------------------------------------------------------------------
+        self._closers.close()
 
     def _read(self) -> tuple[dict[str, float], list[float]]:
         """The window's sums over steps and ranks, and the seconds each rank waited for data.
@@ -194,11 +189,14 @@ class Logger:
     def _write(self, line: dict[str, Any], scalars: dict[str, float]) -> None:
         # JSON has no NaN; null says that there was a value and it was not finite.
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._metrics.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._metrics.flush()
-        if self._tensorboard is not None:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, line["step"])
+        try:
+            self._metrics.write(json.dumps(plain, allow_nan=False) + "\n")
+            self._metrics.flush()
+            if self._tensorboard is not None:
+                for name, value in scalars.items():
+                    self._tensorboard.add_scalar(name, value, line["step"])
+        except OSError as error:  # a full disk must not end the run
+            PACKAGE.error("step %d could not be logged: %s", line["step"], error)
         if self._wandb is not None:
             self._wandb.log(scalars, step=line["step"])
 
@@ -211,8 +209,8 @@ class Logger:
         fields += [f"{line['memory_gib']:.1f} GiB"] if "memory_gib" in line else []
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(fields))
-        per_step = (time.monotonic() - self._first_end) / max(line["step"] - self._start, 1)
-        left = per_step * (self.steps - line["step"])
+        origin, begun = self._origin
+        left = (time.monotonic() - begun) / max(line["step"] - origin, 1) * (self.steps - line["step"])
         text = f"step {line['step']}/{self.steps}, {', '.join(fields)}, {tqdm.format_interval(left)} left"
         PACKAGE.info(text, extra={"on_bar": self._bar is not None})
 
@@ -232,9 +230,6 @@ def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str,
         except (json.JSONDecodeError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: expected a JSON object, got {text[:80]!r}") from error
     return steps, evaluations
-
-
-# -- Opening -------------------------------------------------------------------------------------------------------
 
 
 class _Terminal(logging.Handler):
@@ -300,10 +295,8 @@ def _open_tensorboard(folder: Path, start: int) -> Any:
 
 
 def _open_wandb(project: str, folder: Path) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(f"wandb={project!r} needs the package wandb, which is not installed") from error
+    import wandb
+
     # The same folder is the same run, so a resume continues its curves.
     identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return wandb.init(project=project, name=folder.name, id=identity, resume="allow", dir=str(folder))
