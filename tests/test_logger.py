@@ -202,8 +202,9 @@ def test_reading_passes_over_half_a_last_line_only(tmp_path):
 # -- Ranks --------------------------------------------------------------------------------------------------------
 
 
-def two_ranks(rank, folder, port_file):
-    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=2)
+def two_ranks(rank, folder, rendezvous):
+    torch.set_num_threads(1)  # a forked process cannot use its parent's pool
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     log = Logger(folder, steps=4, batch_size=8, every=2, tensorboard=False, rank=rank)
     for step in range(1, 5):
         log.add(losses(step, rank))
@@ -218,7 +219,7 @@ def two_ranks(rank, folder, port_file):
 
 
 def test_losses_are_summed_over_ranks_and_rank_0_writes(tmp_path):
-    mp.spawn(two_ranks, (str(tmp_path / "run"), str(tmp_path / "rendezvous")), nprocs=2)
+    mp.start_processes(two_ranks, (tmp_path / "run", tmp_path / "rendezvous"), nprocs=2, start_method="fork")
     lines, evaluations = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4]
     for line, steps in zip(lines, ([1, 2], [3, 4]), strict=True):
