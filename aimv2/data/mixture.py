@@ -3,6 +3,7 @@
 g is the global sample number, w_i the share of source i.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,7 +30,7 @@ class Source:
     def __post_init__(self):
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"weight {self.weight} of source {self.name!r}: expected a positive number")
-        if self.captions not in ("txt", None) and not self.captions.removeprefix("json:") < self.captions:
+        if self.captions not in ("txt", None) and not re.fullmatch("json:.+", self.captions):
             raise ValueError(f"captions {self.captions!r} of source {self.name!r}: expected 'txt', 'json:KEY' or None")
 
 
@@ -85,14 +86,17 @@ def fair_schedule(shares: Sequence[int]) -> list[int]:
     so that its source never gets a whole sample ahead, and must be among the first ceil((c + 1) / w_i), so that it
     never falls one behind. As the w_i sum to 1, every deadline is met (Baruah et al., Proportionate progress, 1996).
     """
-    period = sum(shares)
+    period, sources = sum(shares), range(len(shares))
     given = [0] * len(shares)
+    earliest = [0] * len(shares)  # place where the next sample of a source may come
+    deadline = [-(-period // share) for share in shares]
     schedule = []
     for n in range(period):
-        ready = (i for i, share in enumerate(shares) if given[i] * period < share * (n + 1))
-        nxt = min(ready, key=lambda i: -(-(given[i] + 1) * period // shares[i]))
-        given[nxt] += 1
-        schedule.append(nxt)
+        i = min((i for i in sources if earliest[i] <= n), key=deadline.__getitem__)
+        schedule.append(i)
+        given[i] += 1
+        earliest[i] = given[i] * period // shares[i]
+        deadline[i] = -(-(given[i] + 1) * period // shares[i])
     return schedule
 
 
@@ -114,12 +118,12 @@ def shuffled(position: int, length: int, key: tuple[int, ...]) -> int:
     return (place * chunk + offset + start_of(length, (*key, 1))) % length
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=128)
 def permutation(length: int, key: tuple[int, ...]) -> np.ndarray:
     """(length,) uint32, a random permutation that is a function of the key."""
     return np.random.default_rng(key).permutation(length).astype(np.uint32)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=128)
 def start_of(length: int, key: tuple[int, ...]) -> int:
     return int(np.random.default_rng(key).integers(length))

@@ -83,8 +83,11 @@ def write_index(shard: Path, index: ShardIndex) -> None:
     meta |= {"format": FORMAT, "ignored": json.dumps(index.ignored)}
     path = index_path(shard)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(save(index.columns, metadata=meta))
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(save(index.columns, metadata=meta))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_index(shard: Path, columns: bool = True) -> ShardIndex:
@@ -112,9 +115,9 @@ def read_index(shard: Path, columns: bool = True) -> ShardIndex:
                 columns=_map_columns(file.fileno(), 8 + length, header) if columns else {},
             )
     except FileNotFoundError:
-        raise ShardError(shard, f"no index ({path.name}); build it first") from None
+        raise ShardError(f"{shard}: no index ({path.name}); build it first") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(path, f"not a usable index ({error}); delete it, and it is built again") from None
+        raise ShardError(f"{path}: not a usable index ({error}); delete it, and it is built again") from None
 
 
 def _map_columns(fd: int, begin: int, header: dict) -> dict[str, np.ndarray]:
@@ -147,17 +150,17 @@ class _Scan:
         key, extension = match.group(1), match.group(2).decode("utf-8", "backslashreplace").lower()
         if key != self.current:
             if key in self.seen:
-                raise ShardError(shard, f"sample {key!r} comes back after others", member.header)
+                raise ShardError.at(shard, member.header, f"sample {key!r} comes back after others")
             self.seen.add(key)
             self.current, self.extensions = key, set()
         if extension in self.extensions:
-            raise ShardError(shard, f"member {member.name!r} for the second time", member.header)
+            raise ShardError.at(shard, member.header, f"member {member.name!r} for the second time")
         self.extensions.add(extension)
         if extension not in EXTENSIONS:
             self.ignored[extension] += 1
             return
         if member.size > LARGEST_MEMBER:
-            raise ShardError(shard, f"member {member.name!r} has {member.size} bytes", member.header)
+            raise ShardError.at(shard, member.header, f"member {member.name!r} has {member.size} bytes")
         if not self.keys or self.keys[-1] != key:
             self.keys.append(key)
             self.member_end.append(0)
@@ -172,7 +175,7 @@ def scan_shard(shard: Path, fd: int) -> ShardIndex:
     for member in read_members(shard, fd):
         scan.add(shard, member)
     if not scan.keys:
-        raise ShardError(shard, f"no sample: no member's extension is one of {' '.join(EXTENSIONS)}")
+        raise ShardError(f"{shard}: no sample: no member's extension is one of {' '.join(EXTENSIONS)}")
     extension, block, size, crc32 = zip(*scan.members, strict=True)
     columns = {
         "key_end": np.cumsum([len(key) for key in scan.keys], dtype=np.uint32),
@@ -198,7 +201,7 @@ def _crc32(shard: Path, fd: int, member: Member) -> int:
     while position < end:
         chunk = os.pread(fd, min(_READ, end - position), position)
         if not chunk:
-            raise ShardError(shard, "the file got shorter while it was read", position)
+            raise ShardError.at(shard, position, "the file got shorter while it was read")
         crc = zlib.crc32(chunk, crc)
         position += len(chunk)
     return crc

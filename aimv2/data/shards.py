@@ -55,17 +55,17 @@ def expand_shards(pattern: str) -> list[Path]:
         ShardError: nothing matches, one of a range is missing, or the pattern is not a local path.
     """
     if "://" in pattern or "::" in pattern or pattern.startswith("pipe:"):
-        raise ShardError(pattern, "not a local path")
+        raise ShardError(f"{pattern}: not a local path")
     paths = [os.path.expanduser(pattern)]
     while (braces := _BRACES.search(paths[0])) is not None:
         first, last = braces.groups()
         numbers = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
         paths = [path.replace(braces.group(), number, 1) for path in paths for number in numbers]
         if not paths:
-            raise ShardError(pattern, f"the range {braces.group()} is empty")
+            raise ShardError(f"{pattern}: the range {braces.group()} is empty")
     shards = sorted({Path(shard) for path in paths for shard in _match(path)})
     if not shards:
-        raise ShardError(pattern, "no .tar file matches")
+        raise ShardError(f"{pattern}: no .tar file matches")
     return shards
 
 
@@ -73,7 +73,7 @@ def _match(path: str) -> list[str]:
     if glob.has_magic(path):
         return [found for found in glob.glob(path) if found.endswith(".tar")]
     if not os.path.isfile(path):
-        raise ShardError(path, "no such file")
+        raise ShardError(f"{path}: no such file")
     return [path]
 
 
@@ -100,7 +100,7 @@ def _renew_index(shard: Path, old: ShardIndex) -> None:
     with open(shard, "rb", buffering=0) as file:
         new = scan_shard(shard, file.fileno())
     if new.digest != old.digest:
-        raise ShardError(shard, f"its contents changed; if that was meant, delete {index_path(shard).name}")
+        raise ShardError(f"{shard}: its contents changed; if that was meant, delete {index_path(shard).name}")
     write_index(shard, new)
 
 
@@ -145,7 +145,7 @@ class Shards(Sequence[Sample]):
             try:
                 data = os.pread(file.fileno(), size, offset)
             except OSError as error:
-                raise ShardError(self.paths[shard], f"sample {sample.key}: {error}", offset) from error
+                raise ShardError.at(self.paths[shard], offset, f"sample {sample.key}: {error}") from error
             if zlib.crc32(data) != crc32:
                 raise DamagedMember("other bytes than were indexed")
             _put(sample, extension, data)
@@ -190,8 +190,7 @@ def _current_index(shard: Path, columns: bool = True) -> ShardIndex:
     stat = os.stat(shard)
     if not index.is_of(stat):
         raise ShardError(
-            shard,
-            f"its index is stale: made for {index.source_size} bytes and mtime {index.source_mtime_ns} ns, "
-            f"found {stat.st_size} and {stat.st_mtime_ns}",
+            f"{shard}: its index is stale: made for {index.source_size} bytes and mtime {index.source_mtime_ns} ns, "
+            f"found {stat.st_size} and {stat.st_mtime_ns}"
         )
     return index

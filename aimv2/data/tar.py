@@ -7,19 +7,21 @@ directory entry is refused: a shard has no use for links, devices or sparse file
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 BLOCK = 512
 LARGEST_EXTENDED_HEADER = 1 << 20  # bytes; a name, not a place to hide gigabytes
+_PLAIN, _FOLDER = (b"0", b"\0", b"7"), (b"5", b"\0")  # before ustar, a folder was a file named "NAME/"
 _ZEROS = bytes(BLOCK)
 _READ = 1 << 20
 
 
 class ShardError(ValueError):
-    """A shard that cannot be used: `SHARD: byte OFFSET: REASON`, or `SHARD: REASON` where no place is to blame."""
+    """A shard that cannot be used: `SHARD: REASON`, and `SHARD: byte OFFSET: REASON` where a place is to blame."""
 
-    def __init__(self, shard: str | Path, reason: str, offset: int | None = None):
-        super().__init__(f"{shard}: {reason}" if offset is None else f"{shard}: byte {offset}: {reason}")
+    @classmethod
+    def at(cls, shard: str | Path, offset: int, reason: str) -> Self:
+        return cls(f"{shard}: byte {offset}: {reason}")
 
 
 class Member(NamedTuple):
@@ -45,10 +47,10 @@ def read_members(shard: Path, fd: int) -> Iterator[Member]:
     while True:
         header = os.pread(fd, BLOCK, position)
         if len(header) < BLOCK:
-            raise ShardError(shard, "the file ends without an end-of-archive mark", position)
+            raise ShardError.at(shard, position, "the file ends without an end-of-archive mark")
         if header == _ZEROS:
             if extended:
-                raise ShardError(shard, "an extended header with no member after it", position)
+                raise ShardError.at(shard, position, "an extended header with no member after it")
             return _check_end(shard, fd, position, length)
         _check_sum(shard, header, position)
         begin = position if begin is None else begin
@@ -57,25 +59,25 @@ def read_members(shard: Path, fd: int) -> Iterator[Member]:
         size = size if size >= 0 else _number(shard, header[124:136], position)
         position = offset + -(-size // BLOCK) * BLOCK
         if position > length:
-            raise ShardError(shard, f"a member of {size} bytes, but the file ends at byte {length}", begin)
-        if kind in b"LKxg":
+            raise ShardError.at(shard, begin, f"a member of {size} bytes, but the file ends at byte {length}")
+        if kind in (b"L", b"K", b"x", b"g"):
             extended |= _extended(shard, fd, kind, offset, size)
             continue
         name = extended.get(b"path") or _name(header)
-        if kind in b"0\0007" and not (kind == b"\0" and name.endswith(b"/")):
+        if kind in _PLAIN and not (kind == b"\0" and name.endswith(b"/")):
             yield Member(name, begin, offset, size)
-        elif kind not in b"5\0" or size:
-            raise ShardError(shard, f"member {name!r} has type {kind!r}, expected a plain file", begin)
+        elif kind not in _FOLDER or size:
+            raise ShardError.at(shard, begin, f"member {name!r} has type {kind!r}, expected a plain file")
         extended, begin = {}, None
 
 
 def _check_end(shard: Path, fd: int, position: int, length: int) -> None:
     if length - position < 2 * BLOCK:
-        raise ShardError(shard, "the file ends without an end-of-archive mark", position)
+        raise ShardError.at(shard, position, "the file ends without an end-of-archive mark")
     while chunk := os.pread(fd, _READ, position):
         if chunk.strip(b"\0"):
             offset = position + len(chunk) - len(chunk.lstrip(b"\0"))
-            raise ShardError(shard, "bytes after the end of the archive", offset)
+            raise ShardError.at(shard, offset, "bytes after the end of the archive")
         position += len(chunk)
 
 
@@ -83,7 +85,7 @@ def _check_sum(shard: Path, header: bytes, position: int) -> None:
     """The checksum counts itself as eight spaces."""
     found = sum(header) - sum(header[148:156]) + 8 * ord(" ")
     if found != _number(shard, header[148:156], position):
-        raise ShardError(shard, "a damaged header (its checksum is wrong)", position)
+        raise ShardError.at(shard, position, "a damaged header (its checksum is wrong)")
 
 
 def _number(shard: Path, field: bytes, position: int) -> int:
@@ -92,7 +94,7 @@ def _number(shard: Path, field: bytes, position: int) -> int:
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip(b" ")
     if digits.strip(b"01234567"):
-        raise ShardError(shard, f"a damaged header ({field!r} is not a number)", position)
+        raise ShardError.at(shard, position, f"a damaged header ({field!r} is not a number)")
     return int(digits or b"0", 8)
 
 
@@ -106,15 +108,15 @@ def _name(header: bytes) -> bytes:
 def _extended(shard: Path, fd: int, kind: bytes, offset: int, size: int) -> dict[bytes, bytes]:
     """{b"path": ..., b"size": ...}, those that the extended header sets for the next member."""
     if size > LARGEST_EXTENDED_HEADER:
-        raise ShardError(shard, f"an extended header of {size} bytes", offset)
+        raise ShardError.at(shard, offset, f"an extended header of {size} bytes")
     data = os.pread(fd, size, offset)
-    if kind in b"LK":
+    if kind in (b"L", b"K"):  # a long name, or the long target of a link
         return {b"path": data.split(b"\0", 1)[0]} if kind == b"L" else {}
     records = _pax_records(shard, data, offset)
     if any(key.startswith(b"GNU.sparse") for key in records) or (kind == b"g" and {b"path", b"size"} & set(records)):
-        raise ShardError(shard, "a sparse file, or one name or size for all members", offset)
+        raise ShardError.at(shard, offset, "a sparse file, or one name or size for all members")
     if not records.get(b"size", b"0").isdigit():
-        raise ShardError(shard, f"a PAX size of {records[b'size']!r}", offset)
+        raise ShardError.at(shard, offset, f"a PAX size of {records[b'size']!r}")
     return {key: value for key, value in records.items() if key in (b"path", b"size")}
 
 
@@ -127,7 +129,7 @@ def _pax_records(shard: Path, data: bytes, offset: int) -> dict[bytes, bytes]:
         end = begin + int(length) if space and length.isdigit() else 0
         record = data[begin + len(length) + 1 : end - 1]
         if b"=" not in record or data[end - 1 : end] != b"\n":
-            raise ShardError(shard, "a damaged PAX header", offset + begin)
+            raise ShardError.at(shard, offset + begin, "a damaged PAX header")
         key, _, value = record.partition(b"=")
         records[key] = value
         begin = end

@@ -48,6 +48,19 @@ class TransformConfig:
     flip: float = 0.5  # probability
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    min_size: int = 32  # images with a shorter side are not used
+
+    def __post_init__(self):
+        if self.image_size < 1 or self.min_size < 1:
+            raise ValueError(f"image_size {self.image_size}, min_size {self.min_size}: expected 1 or more")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip {self.flip}: expected a probability")
+        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale {self.crop_scale}: expected 0 < low <= high <= 1, or None")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"crop_ratio {self.crop_ratio}: expected 0 < low <= high")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std}: expected positive numbers")
 
 
 def decode_image(data: bytes, *, min_size: int = 32, draft_size: int | None = None) -> Image.Image:
@@ -95,9 +108,8 @@ def _check_size(size: tuple[int, int], min_size: int) -> None:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):  # 16 bits a grey pixel: the high byte, as for 16-bit RGB; Pillow would clip at 255
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         over = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
@@ -145,6 +157,11 @@ def eval_transform(image: Image.Image, config: TransformConfig) -> Tensor:
         image = _resize(image, (int(size * width / height), size))
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return normalize(image.crop((left, top, left + size, top + size)), config)
+
+
+def resize_transform(image: Image.Image, config: TransformConfig) -> Tensor:
+    """(3, S, S) float32, normalised: the whole image resized to S x S (bicubic), whatever its aspect ratio."""
+    return normalize(_resize(image, (config.image_size, config.image_size)), config)
 
 
 def random_crop(

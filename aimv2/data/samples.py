@@ -1,0 +1,175 @@
+"""One sample: read, decoded, transformed, its caption encoded, and many of them put into a batch.
+
+g is the global sample number, S the side of an image, N its patches.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from aimv2.data.batch import Batch, Replaced
+from aimv2.data.mixture import Mixture, Source
+from aimv2.data.shards import IMAGE_EXTENSIONS, DamagedMember, Sample, ShardError, Shards, expand_shards
+from aimv2.data.tokenizer import Tokenizer
+from aimv2.data.transforms import (
+    BadImage,
+    TransformConfig,
+    decode_image,
+    draft_size,
+    eval_transform,
+    resize_transform,
+    train_transform,
+)
+
+MOST_ATTEMPTS = 8  # at replacing one sample
+
+
+class BadCaption(ValueError):
+    """A caption that is not where the source says. The message is a reason of a few words."""
+
+
+class Example(NamedTuple):
+    """One sample, before it is put into a batch."""
+
+    sample: int  # g
+    image: Tensor  # (3, S, S)
+    text: list[int]
+    prefix_length: int
+    replaced: list[Replaced]
+
+
+class Samples(Dataset):
+    """Global sample number -> Example, a pure function of (seed, g).
+
+    Args:
+        sources: mixed by weight and shuffled for training; a single one, in its own order, otherwise.
+        training: random crop, flip and caption; else the whole image or its centre, and the first caption. The two
+            never share random numbers.
+
+    Raises:
+        ShardError: a shard or its index is missing, or they disagree.
+        ValueError: the image size is not a multiple of the patch size.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        transform: TransformConfig,
+        tokenizer: Tokenizer,
+        *,
+        context_length: int,
+        pad_text_to_context: bool,
+        patch_size: int,
+        seed: int,
+        training: bool,
+    ):
+        if transform.image_size % patch_size:
+            raise ValueError(
+                f"transform.image_size {transform.image_size} is not a multiple of the patch size {patch_size}"
+            )
+        self.num_patches = (transform.image_size // patch_size) ** 2
+        if self.num_patches < 2:
+            raise ValueError(
+                f"transform.image_size {transform.image_size} makes a single patch of size {patch_size}: expected more"
+            )
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed {seed}: expected 0 <= seed < 2^64")
+        self.sources, self.transform, self.tokenizer = list(sources), transform, tokenizer
+        self.context_length, self.pad_text_to_context = context_length, pad_text_to_context
+        self.seed, self.training = seed, training
+        self.shards = [Shards(expand_shards(s.shards), _extensions(s)) for s in sources]
+        self.mixture = Mixture([len(s) for s in self.shards], [s.weight for s in sources], seed)
+        self._draft_size = draft_size(transform) if training else None
+
+    def __getitem__(self, g: int) -> Example:
+        """A sample that cannot be used is replaced by others of its source, drawn from (seed, g, attempt).
+
+        Raises:
+            ShardError: the replacements cannot be used either.
+        """
+        rng = self._generator(g, 0)
+        prefix_length = int(rng.integers(1, self.num_patches))
+        source, number = self._locate(g)
+        shards, replaced = self.shards[source], []
+        for attempt in range(1, MOST_ATTEMPTS + 2):
+            try:
+                image, text = self._read(source, number, rng)
+                return Example(g, image, text, prefix_length, replaced)
+            except (BadImage, BadCaption, DamagedMember) as error:
+                replaced.append(Replaced(g, str(error), shards.describe(number)))
+            rng = self._generator(g, attempt)
+            number = int(rng.integers(len(shards)))
+        tried = "; ".join(f"{r.where}: {r.reason}" for r in replaced)
+        raise ShardError(f"{self.sources[source].shards}: no usable sample in {len(replaced)} tries: {tried}")
+
+    def collate(self, examples: list[Example]) -> Batch:
+        """Captions are padded on the right, to the longest one or to the context length."""
+        lengths = [len(e.text) for e in examples]
+        longest = self.context_length if self.pad_text_to_context else max(1, *lengths)
+        return Batch(
+            image=torch.stack([e.image for e in examples]),
+            text=torch.tensor([e.text + [self.tokenizer.pad_id] * (longest - len(e.text)) for e in examples]),
+            text_length=torch.tensor(lengths),
+            prefix_length=torch.tensor([e.prefix_length for e in examples]),
+            sample=torch.tensor([e.sample for e in examples]),
+            num_patches=self.num_patches,
+            replaced=[r for e in examples for r in e.replaced],
+        )
+
+    def _locate(self, g: int) -> tuple[int, int]:
+        """(source, number in it)."""
+        if not self.training:
+            return 0, g
+        source, _, number = self.mixture.locate(g)
+        return source, number
+
+    def _generator(self, g: int, attempt: int) -> np.random.Generator:
+        """Philox with key (seed, g). The counter's high words keep training from validation, and attempts apart."""
+        counter = (int(not self.training) << 192) | (attempt << 128)
+        return np.random.Generator(np.random.Philox(key=(self.seed << 64) | g, counter=counter))
+
+    def _read(self, source: int, number: int, rng: np.random.Generator) -> tuple[Tensor, list[int]]:
+        sample = self.shards[source][number]
+        if sample.image is None:
+            raise BadImage("no image")
+        captions = _captions(sample, self.sources[source].captions)
+        caption = captions[int(rng.integers(len(captions)))] if self.training else captions[0]
+        text = self.tokenizer.encode(caption, self.context_length)
+        image = decode_image(sample.image, min_size=self.transform.min_size, draft_size=self._draft_size)
+        if self.training:
+            return train_transform(image, self.transform, rng), text
+        whole = self.transform.crop_scale is None
+        return (resize_transform if whole else eval_transform)(image, self.transform), text
+
+
+def _extensions(source: Source) -> tuple[str, ...]:
+    """The members that the source's samples are made of."""
+    return (*IMAGE_EXTENSIONS, source.captions.partition(":")[0]) if source.captions else IMAGE_EXTENSIONS
+
+
+def _captions(sample: Sample, where: str | None) -> Sequence[str | bytes]:
+    """At least one; "" for a source of images only."""
+    if where is None:
+        return [""]
+    if where == "txt":
+        if sample.text is None:
+            raise BadCaption("no txt")
+        return [sample.text]
+    if sample.json is None:
+        raise BadCaption("no json")
+    key = where.removeprefix("json:")
+    try:
+        value = json.loads(sample.json)[key]
+    except (ValueError, RecursionError):
+        raise BadCaption("damaged json") from None
+    except (KeyError, TypeError):
+        raise BadCaption(f"no {key!r} in json") from None
+    captions = [value] if isinstance(value, str) else value
+    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
+        raise BadCaption(f"{key!r} in json is not a string or a list of them")
+    return captions
