@@ -2,7 +2,8 @@
 
     deepspeed scripts/train_aimv2.py --config configs/aimv2_1b.py
 
-Not run. Expected: ImageNet-1k, attentive probe, top-1 88.1 (paper). Blocks are recomputed in the backward pass, to save memory.
+Not run. Expected: ImageNet-1k, attentive probe, top-1 88.1 (paper).
+Blocks are recomputed in the backward pass, to save memory.
 """
 
 from pathlib import Path

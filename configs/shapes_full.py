@@ -12,6 +12,8 @@ from aimv2.config import load_config
 from aimv2.data.shapes import ShapesRecipe, world
 from aimv2.train import TrainConfig
 
+CONTEXT_LENGTH = 32  # the longest caption has 27 tokens
+
 
 def config() -> TrainConfig:
     run = load_config(Path(__file__).with_name("shapes.py"))
@@ -22,11 +24,12 @@ def config() -> TrainConfig:
     run.data.train[0].shards = f"{recipe.folder}/train-*.tar"
     run.data.validation.shards = f"{recipe.folder}/validation-*.tar"
     size = world(recipe.difficulty).image_size
+    run.data.context_length = CONTEXT_LENGTH
     run.data.transform = replace(run.data.transform, image_size=size)
     vision, decoder = run.objective.vision, run.objective.decoder
     width = {"width": 256, "heads": 4, "mlp_hidden": 768}  # int(8/3 * 256), rounded up to a multiple of 256
-    run.objective.vision = replace(vision, image_size=size, depth=8, **width)
-    run.objective.decoder = replace(decoder, depth=4, **width)
+    run.objective.vision = replace(vision, image_size=size, patch_size=8, depth=8, **width)
+    run.objective.decoder = replace(decoder, depth=4, context_length=CONTEXT_LENGTH, **width)
     run.optim = replace(run.optim, peak_lr=1e-3, warmup_steps=1_000)
     run.engine = replace(run.engine, batch_size=128, micro_batch=128)
     run.save_every = 2_000
