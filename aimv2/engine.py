@@ -35,6 +35,11 @@ class EngineConfig:
     offload: bool = False  # keep the optimizer's state in CPU memory
     compile: bool = False
 
+    def __post_init__(self):
+        for name in ("batch_size", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more images")
+
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per optimizer step; raises ValueError if the batch doesn't divide."""
         steps, rest = divmod(self.batch_size, self.micro_batch * world_size)

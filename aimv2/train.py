@@ -14,9 +14,9 @@ from tqdm import tqdm
 from aimv2.checkpoint import TrainState, restore, save
 from aimv2.config import ConfigError, compare_configs, to_json
 from aimv2.data.batch import Batch
-from aimv2.data.loader import DataConfig, all_shards, fingerprint, train_loader
+from aimv2.data.loader import DataConfig, fingerprint, train_loader
 from aimv2.data.shapes import is_written, write_shards
-from aimv2.data.shards import ensure_indices
+from aimv2.data.shards import ensure_indices, expand_shards
 from aimv2.data.tokenizer import Tokenizer
 from aimv2.engine import (
     Engine,
@@ -60,7 +60,7 @@ class TrainConfig:
     out: str
     seed: int = 0
     save_every: int = 1000
-    keep: int = 2  # checkpoints
+    keep: int = 2  # newest checkpoints
     log_every: int = 10
     evals: list[ValidationLoss | ShapesCaptions] = field(default_factory=list)
     wandb: str | None = None  # project
@@ -77,9 +77,10 @@ class TrainConfig:
                 f"data.context_length {data.context_length} is more than "
                 f"objective.decoder.context_length {decoder.context_length}"
             )
-        for name in ("steps", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more")
+        least = {"steps": 1, "save_every": 1, "log_every": 1, "seed": 0, "keep": 2}  # one checkpoint may be damaged
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} {getattr(self, name)}: expected {value} or more")
 
 
 def due(step: int, every: int, steps: int) -> bool:
@@ -94,13 +95,19 @@ def prepare_data(config: DataConfig) -> None:
         logger.info("%s: no data there, so writing %d images first", recipe.folder, recipe.train + recipe.validation)
         with tqdm(total=recipe.train + recipe.validation, unit="image") as bar:
             write_shards(recipe, workers=os.cpu_count(), progress=bar.update)
-    ensure_indices(all_shards(config))
+    sources = [*config.train, *([config.validation] if config.validation else [])]
+    ensure_indices(shard for source in sources for shard in expand_shards(source.shards))
 
 
 def prepare_run(config: TrainConfig) -> None:
-    """Make the run folder, or make sure that it is this run's. For rank 0."""
+    """Make the run folder, or make sure that it is this run's. For rank 0.
+
+    A run that came to nothing, without a checkpoint and without a logged step, gives way to any other.
+    """
     path = Path(config.out) / "config.json"
-    if path.exists():
+    metrics = path.with_name("metrics.jsonl")
+    begun = any(path.parent.glob("checkpoints/step_*")) or (metrics.exists() and metrics.stat().st_size > 0)
+    if path.exists() and begun:
         saved = json.loads(path.read_text())
         if differences := compare_configs(saved, to_json(config), MAY_CHANGE_ON_RESUME):
             raise ConfigError(f"{config.out} is the folder of another run: {'; '.join(differences)}")
@@ -156,7 +163,7 @@ def train(config: TrainConfig) -> TrainState:
                 backward(engine, losses["loss"])
                 engine.step()
                 log.add(losses)
-            skipped_in_a_row = note_skip(engine, state, micro_batches, skipped_in_a_row)
+            skipped_in_a_row = note_skip(engine, state, micro_batches, log, skipped_in_a_row)
             state.step += 1
             state.sample += config.engine.batch_size
             log.step(state.step, lr=lr, grad_norm=engine.get_global_grad_norm(), skipped=state.skipped or None)
@@ -190,11 +197,15 @@ def open_logger(config: TrainConfig, state: TrainState, rank: int) -> Logger:
     )
 
 
-def note_skip(engine: Engine, state: TrainState, micro_batches: list[Batch], in_a_row: int) -> int:
-    """Count the step if the engine skipped it, on all ranks, for a gradient that was not finite; end hopeless runs."""
+def note_skip(engine: Engine, state: TrainState, micro_batches: list[Batch], log: Logger, in_a_row: int) -> int:
+    """Count the step if the engine skipped it, on all ranks, for a gradient that was not finite; end hopeless runs.
+
+    Returns how many steps in a row have been skipped.
+    """
     if engine.was_step_applied():
         return 0
     state.skipped += 1
+    log.discard()
     samples = torch.cat([batch.sample for batch in micro_batches]).tolist()
     logger.warning("step %d skipped, its gradient is not finite; this rank's samples: %s", state.step + 1, samples)
     if in_a_row + 1 >= MOST_SKIPPED_IN_A_ROW:

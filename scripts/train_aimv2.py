@@ -10,10 +10,12 @@
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 from aimv2.config import load_config
-from aimv2.train import TrainingError, train
+
+HELD_BACK = 3.0  # seconds
 
 
 def main() -> int:
@@ -22,14 +24,23 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
+    from aimv2.train import TrainingError, train  # here, for the processes that write data import this file, too
+
     try:
         train(load_config(arguments.config, arguments.overrides))
     except (ValueError, OSError, TrainingError) as error:
         # What a user can mend is one line; anything else is a bug, and keeps its traceback.
-        rank = int(os.environ.get("RANK", "0"))
-        sys.stderr.write(f"error: {error}\n" if rank == 0 else f"error on rank {rank}: {error}\n")
+        report(error)
         return 1
     return 0
+
+
+def report(error: Exception) -> None:
+    """One line. As a rule all ranks fail alike: the others leave it to rank 0, after which the launcher ends them."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        time.sleep(HELD_BACK)
+    sys.stderr.write(f"error: {error}\n" if rank == 0 else f"error on rank {rank}: {error}\n")
 
 
 if __name__ == "__main__":
