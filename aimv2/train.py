@@ -31,6 +31,7 @@ from aimv2.engine import (
     set_learning_rate,
     start_distributed,
 )
+from aimv2.evals.predictions import draw_run
 from aimv2.evals.shapes_captions import ShapesCaptions
 from aimv2.evals.validation import ValidationLoss
 from aimv2.hub import export_model
@@ -214,10 +215,11 @@ def note_skip(engine: Engine, state: TrainState, micro_batches: list[Batch], log
 
 
 def finish(config: TrainConfig, engine: Engine) -> None:
-    """Export the model; every rank calls it, for the weights are gathered from all."""
+    """Export the model and draw what it learned; every rank calls it, for the weights are gathered from all."""
     weights = full_state_dict(engine)
-    on_rank_zero(
-        lambda: export_model(
+
+    def export_and_draw() -> None:
+        folder = export_model(
             weights,
             Path(config.out) / "export",
             objective=to_json(config.objective),
@@ -225,5 +227,8 @@ def finish(config: TrainConfig, engine: Engine) -> None:
             tokenizer=config.data.tokenizer,
             metadata={"steps": config.steps, "images": config.steps * config.engine.batch_size, "seed": config.seed},
         )
-    )
-    logger.info("exported to %s", Path(config.out) / "export")
+        logger.info("exported to %s", folder)
+        draw_run(config.out, config.data, seed=config.seed)
+        logger.info("drew %s", Path(config.out) / "{loss,predictions}.png")
+
+    on_rank_zero(export_and_draw)
