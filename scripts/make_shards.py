@@ -44,7 +44,8 @@ def shapes(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         samples_per_shard=arguments.samples_per_shard,
     )
-    with tqdm(total=recipe.train + recipe.validation, unit=" samples", unit_scale=True) as bar:
+    # The delay keeps an immediate error to one line.
+    with tqdm(total=recipe.train + recipe.validation, unit=" samples", unit_scale=True, delay=0.5) as bar:
         folder = write_shards(recipe, workers=arguments.workers, progress=bar.update)
     print(f"{recipe.train} training and {recipe.validation} validation samples in {folder}")
 

@@ -49,7 +49,7 @@ def train(arguments: argparse.Namespace) -> Path:
     files = expand(arguments.captions)
     captions = itertools.islice(read_captions(files, arguments.column), arguments.limit)
     return train_tokenizer(
-        tqdm(captions, unit=" captions", unit_scale=True),
+        tqdm(captions, unit=" captions", unit_scale=True, delay=0.5),  # the delay keeps an immediate error to one line
         arguments.out,
         arguments.vocab_size,
         source=arguments.source,
@@ -79,17 +79,19 @@ def read_captions(files: list[Path], column: str | None) -> Iterator[str | bytes
             raise ValueError(f"cannot read captions from {file}: expected {', '.join(readers)}")
         try:
             yield from readers[file.suffix](file, column)
-        except (tarfile.TarError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file} is damaged: {error}") from None
+        except (ValueError, tarfile.TarError) as error:  # json's and pyarrow's are ValueErrors
+            raise ValueError(f"{file}: {error}") from None
 
 
 def _read_tar(file: Path, column: str | None) -> Iterator[str | bytes]:
     with tarfile.open(file, "r:") as tar:
         for member in tar:
+            if not member.isfile():
+                continue
             if column is None and member.name.endswith(".txt"):
                 yield tar.extractfile(member).read()
             elif column is not None and member.name.endswith(".json"):
-                yield from _field(json.load(tar.extractfile(member)), column, f"{file}, member {member.name}")
+                yield from _field(json.load(tar.extractfile(member)), column, member.name)
 
 
 def _read_text(file: Path, column: str | None) -> Iterator[bytes]:
@@ -100,8 +102,13 @@ def _read_text(file: Path, column: str | None) -> Iterator[bytes]:
 def _read_jsonl(file: Path, column: str | None) -> Iterator[str]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield from _field(json.loads(line), column, f"{file}, line {number}")
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} is not JSON: {error}") from None
+            yield from _field(record, column, f"line {number}")
 
 
 def _read_parquet(file: Path, column: str | None) -> Iterator[str]:
@@ -109,14 +116,16 @@ def _read_parquet(file: Path, column: str | None) -> Iterator[str]:
 
     table = parquet.ParquetFile(file)
     if column not in table.schema_arrow.names:
-        raise ValueError(f"{file} has the columns {', '.join(table.schema_arrow.names)}; --column is {column}")
+        raise ValueError(f"it has the columns {', '.join(table.schema_arrow.names)}; --column is {column}")
     for batch in table.iter_batches(columns=[column]):
         for row in batch.to_pylist():
-            yield from _field(row, column, str(file))
+            yield from _field(row, column, "a row")
 
 
-def _field(record: dict, column: str | None, where: str) -> list[str]:
+def _field(record: object, column: str | None, where: str) -> list[str]:
     """The captions of a record: a string, a list of strings, or null for none."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is {type(record).__name__}, expected an object with fields")
     if column not in record:
         raise ValueError(f"{where} has the fields {', '.join(record)}; --column is {column}")
     value = record[column]

@@ -104,7 +104,9 @@ def write_shards(recipe: ShapesRecipe, workers: int = 1, progress: Callable[[int
         strangers = [] if _marked(folder) else sorted(folder.glob("*.tar"))
         if strangers:
             raise ValueError(f"{folder} has {strangers[0].name} but no {_DONE}: expected an empty folder")
-        (folder / _BEGUN).write_text(json.dumps(_contents(recipe), indent=2) + "\n")
+        temporary = _temporary(folder / _BEGUN)
+        temporary.write_text(json.dumps(_contents(recipe), indent=2) + "\n")
+        os.replace(temporary, folder / _BEGUN)
     jobs = [(recipe, *shard) for shard in _shards(recipe)]
     if workers == 1:
         _report(map(_write_shard, jobs), progress)
@@ -138,7 +140,7 @@ def _contents(recipe: ShapesRecipe) -> dict:
 
 
 def _check_same(found: dict, expected: dict, marker: Path) -> None:
-    for name in expected.keys() | found.keys():
+    for name in {**expected, **found}:
         if found.get(name) != expected.get(name):
             raise ValueError(
                 f"{marker} says {name} = {found.get(name)!r}, the recipe says {expected.get(name)!r}: "
@@ -160,7 +162,7 @@ def _write_shard(job: tuple[ShapesRecipe, str, str, range]) -> int:
     recipe, name, split, indices = job
     path = Path(recipe.folder, name)
     if not path.is_file():
-        temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+        temporary = _temporary(path)
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
             for index in indices:
                 sample = encode_sample(scene(recipe.seed, split, index, recipe.difficulty))
@@ -170,6 +172,10 @@ def _write_shard(job: tuple[ShapesRecipe, str, str, range]) -> int:
                     tar.addfile(member, io.BytesIO(data))
         os.replace(temporary, path)
     return len(indices)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def encode_sample(scene: Scene) -> dict[str, bytes]:

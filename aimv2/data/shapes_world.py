@@ -102,8 +102,8 @@ class Object:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """xyxy in pixels, right and bottom exclusive: the pixels covered by half or more."""
-        rows, columns = np.nonzero(self.coverage >= 0.5)
+        """xyxy in pixels, right and bottom exclusive: pixels covered by a fifth or more, within 1 of the outline."""
+        rows, columns = np.nonzero(self.coverage >= 0.2)
         x, y = self.corner
         return (
             x + int(columns.min()),

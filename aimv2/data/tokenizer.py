@@ -32,7 +32,7 @@ def clean_caption(raw: str | bytes) -> str:
     """
     text = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
     text = text[: 4 * MOST_CHARACTERS]
-    if not text.isascii() or "&" in text or "<" in text:
+    if not text.isascii() or any(sign in text for sign in "&<\x1b"):  # else nothing to repair, which is quick
         text = html.unescape(html.unescape(text))  # web captions are often escaped twice
         text = _TAG.sub(" ", text)
         text = ftfy.fix_text(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), _FIXES)
@@ -58,9 +58,7 @@ class Tokenizer:
         file = file / MODEL_FILE if file.is_dir() else file
         if not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {file}: expected a sentencepiece model, or a folder with one")
-        self._load(file, file.read_bytes())
-
-    def _load(self, file: Path, model: bytes) -> None:
+        model = file.read_bytes()
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(model)
@@ -135,7 +133,7 @@ def train_tokenizer(
     model_file = Path(out) / MODEL_FILE
     if model_file.exists() and not force:
         raise FileExistsError(f"{model_file} exists: choose another folder, or force to replace it")
-    used = _Counted(text for text in map(clean_caption, captions) if text)
+    used = _Reading(text for text in map(clean_caption, captions) if text)
     model = _train(used, vocab_size, model_type)
     model_file.parent.mkdir(parents=True, exist_ok=True)
     readme = _README.format(
@@ -168,22 +166,26 @@ Sentencepiece {model_type} model, {pieces} pieces: 0 padding, 1 end of caption, 
 {command}"""
 
 
-class _Counted:
-    """An iterator that counts what it has given."""
+class _Reading:
+    """An iterator that counts what it has given and keeps the error that ended it, which sentencepiece would wrap."""
 
     def __init__(self, items: Iterable[str]):
-        self._items, self.count = iter(items), 0
+        self._items, self.count, self.error = iter(items), 0, None
 
     def __iter__(self):
         return self
 
     def __next__(self) -> str:
-        item = next(self._items)
+        try:
+            item = next(self._items)
+        except Exception as error:
+            self.error = None if isinstance(error, StopIteration) else error
+            raise
         self.count += 1
         return item
 
 
-def _train(captions: _Counted, vocab_size: int, model_type: str) -> bytes:
+def _train(captions: _Reading, vocab_size: int, model_type: str) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -200,11 +202,14 @@ def _train(captions: _Counted, vocab_size: int, model_type: str) -> bytes:
             bos_id=-1,
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except Exception as error:  # sentencepiece has no class of its own for its errors
+        if captions.error is not None:
+            raise captions.error from None
         if not captions.count:
             raise ValueError("no usable caption to train a tokenizer on") from None
+        reason = str(error).rpartition("] ")[2]  # without the place in its source
         raise ValueError(
-            f"sentencepiece cannot make {vocab_size} pieces of {captions.count} captions: {error}"
+            f"sentencepiece cannot make {vocab_size} pieces of {captions.count} captions: {reason}"
         ) from None
     return model.getvalue()
 
