@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aimv2.patches import normalize_patches, patch_statistics, patchify, unpatchify
@@ -16,6 +16,7 @@ def test_patchify_is_raster_order_with_the_channel_fastest():
         assert patches[b, 3 * row + column, 6 * y + 3 * x + channel] == value
 
 
+@settings(deadline=None)
 @given(height=st.integers(1, 6), width=st.integers(1, 6), patch_size=st.integers(1, 5), samples=st.integers(1, 3))
 def test_unpatchify_is_the_inverse_on_any_grid(height, width, patch_size, samples):
     image = torch.arange(samples * 3 * height * width * patch_size**2, dtype=torch.float64)
@@ -31,6 +32,7 @@ def test_sides_that_are_not_multiples_are_named(size):
         patchify(torch.zeros(1, 3, *size), 14)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), scale=st.floats(1e-3, 1e3), shift=st.floats(-10, 10))
 def test_normalization_uses_the_unbiased_variance(seed, scale, shift):
     patches = np.random.default_rng(seed).normal(shift, scale, (2, 3, 12))
