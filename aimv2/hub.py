@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from aimv2.config import from_json
 from aimv2.data.transforms import TransformConfig
@@ -98,7 +99,7 @@ def load_model(
     config = read_export_config(folder)
     if config["architecture"] != ARCHITECTURE:
         raise ExportError(f"{folder} holds a model of architecture {config['architecture']!r}, not {ARCHITECTURE!r}")
-    with torch.device("meta"):
+    with _Blank(), torch.device("meta"):
         model = from_json(AIMv2Config, config["objective"]).build()
     return _load_weights(model, Path(folder) / WEIGHTS, "", dtype, device)
 
@@ -108,7 +109,7 @@ def load_encoder(
 ) -> VisionEncoder:
     """The vision encoder of an export, in eval mode; the rest of the file is not read. Raises as `load_model`."""
     config = read_export_config(folder)
-    with torch.device("meta"):
+    with _Blank(), torch.device("meta"):
         encoder = VisionEncoder(from_json(VisionConfig, config["objective"]["vision"]))
     return _load_weights(encoder, Path(folder) / WEIGHTS, "encoder.", dtype, device)
 
@@ -140,6 +141,14 @@ def preprocessing(transform: TransformConfig) -> dict:
         "resize": "shortest edge, then centre crop",
         "interpolation": "bicubic",
     }
+
+
+class _Blank(TorchFunctionMode):
+    """Leaves out `normal_`: on the meta device it fills nothing, but loads torch's compiler, which takes seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **kwargs)
 
 
 def _load_weights(
