@@ -187,7 +187,10 @@ def _commit(temporary: Path, final: Path, contents: dict[str, Any], files: manif
     if final.exists():  # damaged, or `_begin` would have stopped
         os.rename(final, _cleared(final.with_name(f".trash-{final.name}")))
     os.rename(temporary, final)
-    manifest.sync(final.parent)
+    try:
+        manifest.sync(final.parent)
+    except OSError as error:  # it is committed all the same
+        LOG.error("%s might not survive a power cut: %s", final, error)
 
 
 def _prune(checkpoints: Path, keep: int) -> None:

@@ -102,6 +102,23 @@ def test_add_keeps_no_graph_and_reads_nothing(open_logger, monkeypatch):
     assert not log._sums["loss"].requires_grad
 
 
+@pytest.mark.gpu
+def test_the_gpu_is_waited_for_once_per_line(open_logger, tmp_path):
+    log = open_logger(every=4)
+    value = torch.tensor(0.5, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in (1, 2, 3):
+            log.add({"loss": value, "pixel_loss": value})
+            log.step(step, grad_norm=value)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    log.add({"loss": value, "pixel_loss": value})
+    log.step(4, grad_norm=value)
+    (line,), _ = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["loss"] == 0.5 and line["grad_norm"] == 0.5 and line["memory_gib"] > 0
+
+
 def test_a_discarded_step_leaves_no_trace_in_the_mean(open_logger, tmp_path):
     log = open_logger(every=4)
     for step, value in enumerate([1.0, math.nan, 3.0, 5.0], start=1):
