@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from shapes_run import write_run, write_shapes
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "show_predictions.py"
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return write_run(tmp_path / "run", write_shapes(tmp_path / "data"))
 
 
 @pytest.fixture
