@@ -68,7 +68,10 @@ class Attention(nn.Module):
         self, x: Tensor, mask: Tensor | None = None, causal: bool = False, cache: KeyValueCache | None = None
     ) -> Tensor:
         b, n, d = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # 3 of (B, H, N, D/H)
+        q, k, v = (
+            part.view(b, n, self.heads, d // self.heads).transpose(1, 2)  # (B, H, N, D/H)
+            for part in self.qkv(x).chunk(3, dim=-1)  # not one permute of all three: its backward copies twice
+        )
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
