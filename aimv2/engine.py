@@ -106,6 +106,11 @@ def on_rank_zero(work: Callable[[], None]) -> None:
         raise error[0]
 
 
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone, which then has the error worth reading."""
+    return isinstance(error, dist.DistError) or "by peer" in str(error)
+
+
 def build_engine(model: nn.Module, optim: OptimConfig, config: EngineConfig) -> Engine:
     if config.compile:
         model.compile()

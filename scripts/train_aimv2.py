@@ -24,18 +24,25 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
-    from aimv2.train import TrainingError, train  # here, for the processes that write data import this file, too
+    # Here, because the processes that write data import this file, too.
+    from aimv2.engine import lost_peer
+    from aimv2.train import TrainingError, train
 
     try:
         train(load_config(arguments.config, arguments.overrides))
     except (ValueError, OSError, TrainingError) as error:
         # What a user can mend is one line; anything else is a bug, and keeps its traceback.
-        report(error)
+        report(str(error))
+        return 1
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        report("another rank ended, for which see its own error")
         return 1
     return 0
 
 
-def report(error: Exception) -> None:
+def report(error: str) -> None:
     """One line. As a rule all ranks fail alike: the others leave it to rank 0, after which the launcher ends them."""
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:

@@ -1,68 +1,29 @@
-"""A little of the shapes world on disk, and a run folder as training leaves it."""
+"""What the tests of a whole run share."""
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from aimv2.config import to_json
-from aimv2.data.loader import DataConfig
-from aimv2.data.mixture import Source
-from aimv2.data.shapes import ShapesRecipe, write_shards
-from aimv2.data.shards import ensure_indices, expand_shards
-from aimv2.data.tokenizer import Tokenizer
-from aimv2.data.transforms import TransformConfig
-from aimv2.decoder import DecoderConfig
-from aimv2.encoder import VisionConfig
-from aimv2.hub import export_model
-from aimv2.objectives.aimv2 import AIMv2Config
+from aimv2.config import load_config
+from aimv2.data.shapes import write_shards
 
-ROOT = Path(__file__).parents[1]
+TINY_RUN = Path(__file__).parent / "tiny_run.py"
 
 
 @pytest.fixture(scope="session")
-def shapes(tmp_path_factory) -> DataConfig:
-    """150 quick validation scenes in two shards, neither flipped nor cropped, read in this process."""
-    folder = tmp_path_factory.mktemp("shapes")
-    recipe = ShapesRecipe(difficulty="quick", folder=str(folder), train=1, validation=150, samples_per_shard=100)
-    write_shards(recipe)
-    ensure_indices(expand_shards(f"{folder}/*.tar"))
-    return DataConfig(
-        train=[Source(name="shapes", shards=f"{folder}/train-*.tar")],
-        validation=Source(name="shapes", shards=f"{folder}/validation-*.tar"),
-        tokenizer=str(ROOT / "tokenizers" / "shapes"),
-        transform=TransformConfig(image_size=48, crop_scale=None, flip=0.0),
-        context_length=40,
-        workers=0,
-        made_by=recipe,
-    )
-
-
-@pytest.fixture
-def run(shapes, tmp_path) -> Path:
-    """The folder of a run of three steps on `shapes`, with the export of a model that was never trained."""
-    torch.manual_seed(0)
-    config = AIMv2Config(
-        vision=VisionConfig(width=16, depth=1, heads=2, mlp_hidden=16, image_size=48, patch_size=16),
-        decoder=DecoderConfig(
-            width=16,
-            depth=1,
-            heads=2,
-            mlp_hidden=16,
-            vocab_size=Tokenizer(shapes.tokenizer).vocab_size,
-            context_length=shapes.context_length,
-        ),
-    )
-    folder = tmp_path / "run"
-    export_model(
-        config.build(),
-        folder / "export",
-        objective=to_json(config),
-        transform=shapes.transform,
-        tokenizer=shapes.tokenizer,
-    )
-    (folder / "config.json").write_text(json.dumps({"seed": 0, "data": to_json(shapes)}))
-    lines = ({"step": step, "loss": 1.0, "pixel_loss": 1 / step, "caption_loss": 5 / step} for step in (1, 2, 3))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+def tiny_data(tmp_path_factory) -> Path:
+    """The folder of the data of tiny_run.py, written."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_shards(load_config(TINY_RUN, [f"data.made_by.folder={folder}"]).data.made_by)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data):
+    """`tiny_run(out, *changes)` -> the arguments of scripts/train_aimv2.py for that run."""
+    return lambda out, *changes: arguments(tiny_data, out, *changes)
+
+
+def arguments(data: Path, out: Path, *changes: str) -> list[str]:
+    place = [f"out={out}", f"data.made_by.folder={data}", f"data.train.0.shards={data}/train-*.tar"]
+    return ["--config", str(TINY_RUN), *place, f"data.validation.shards={data}/validation-*.tar", *changes]

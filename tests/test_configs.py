@@ -31,7 +31,7 @@ def count_parameters(run: TrainConfig) -> tuple[int, int]:
     """Of the encoder and of the decoder, from the architecture as the paper states it."""
     v, d = run.objective.vision, run.objective.decoder
     patch = 3 * v.patch_size**2
-    positions = (v.image_size // v.patch_size) ** 2 * v.width
+    positions = (v.image_size // v.patch_size) ** 2 * v.width if v.positions == "learned" else 0
     encoder = (patch + 1) * v.width + v.width + positions + count_trunk(v.depth, v.width, v.mlp_hidden)
     text = d.vocab_size * d.width + d.width + (d.context_length + 1) * d.width  # tokens, BOS, positions
     heads = d.width * patch + d.width * d.vocab_size
@@ -67,6 +67,7 @@ def test_the_runs_of_the_paper(size):
     )
     assert score in (ROOT / "configs" / f"aimv2_{size}.py").read_text()
 
+    assert run.objective.vision.positions == "learned"
     optim, engine, data = run.optim, run.engine, run.data
     assert (optim.peak_lr, optim.warmup_steps, optim.start_lr, optim.final_lr) == (peak_lr, 12_500, 1e-6, 1e-5)
     assert (optim.betas, optim.eps, optim.weight_decay, optim.decoupled) == ((0.9, 0.95), 1e-8, 1e-4, True)

@@ -1,0 +1,80 @@
+"""Real processes for tests, one per rank as a launcher starts them: they can be killed, and share nothing with pytest.
+
+They are forked from a process that has done nothing but the imports, so that each of them takes seconds less.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "train_aimv2.py"
+
+CONTEXT = multiprocessing.get_context("forkserver")
+# The second is what DeepSpeed imports in `initialize` (torch's compiler), the third what draws the pictures.
+CONTEXT.set_forkserver_preload(
+    ["aimv2.train", "deepspeed.runtime.zero.muon.muon_optimizer", "matplotlib.backends.backend_agg"]
+)
+
+
+def start(function: Callable, *args, ranks: int = 1, log: Path) -> list:
+    """Begin `function(*args)`, which must be at the top of a module, on all ranks; what they print goes to `log`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    everywhere = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    for rank in range(ranks):
+        place = {name: str(value) for name, value in {"RANK": rank, "LOCAL_RANK": rank, **everywhere}.items()}
+        processes.append(CONTEXT.Process(target=_enter, args=(function, args, place, log)))
+        processes[-1].start()
+    return processes
+
+
+def finish(processes: list, seconds: float = 180) -> list[int]:
+    """Wait for all ranks to end by themselves and return their exit codes. AssertionError if one hangs."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert None not in codes, f"a rank hangs: {codes}"
+    return codes
+
+
+def train(arguments: list[str], sabotage: Callable, *args) -> None:
+    """What `python scripts/train_aimv2.py ARGUMENTS` does after `sabotage(*args)`, but for the slow pictures."""
+    import aimv2.train
+
+    aimv2.train.draw_run = lambda *args, **kwargs: []
+    sabotage(*args)
+    sys.argv = [str(SCRIPT), *arguments]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def nothing() -> None:
+    """No sabotage."""
+
+
+def _enter(function: Callable, args: tuple, place: dict[str, str], log: Path) -> None:
+    import torch
+
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that was started, for the loader's workers
+    os.environ.update(place)
+    os.chdir(ROOT)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    try:
+        function(*args)
+    finally:
+        atexit._run_exitfuncs()  # as any process does but those of multiprocessing
