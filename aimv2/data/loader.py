@@ -7,11 +7,13 @@ import atexit
 import hashlib
 import itertools
 import logging
+import multiprocessing
+import os
 import signal
-import weakref
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -78,20 +80,9 @@ class SampleLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         self.replaced = SampleCounter()
-        batches = self._counted(super().__iter__())
-        # An exiting interpreter stops its children by SIGTERM, which the workers ignore, and would wait for ever.
-        atexit.register(_close, weakref.ref(batches))
-        return batches
-
-    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
+        for batch in super().__iter__():
             self.replaced.add(batch)
             yield batch
-
-
-def _close(reference: weakref.ref) -> None:
-    if (batches := reference()) is not None:
-        batches.close()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -155,21 +146,27 @@ def _samples(config: DataConfig, sources: list[Source], **place) -> Samples:
 
 
 def _loader(samples: Samples, order: Iterable[range], workers: int) -> SampleLoader:
+    leaving = multiprocessing.RawValue("b", False)  # shared with the workers
+    atexit.register(setattr, leaving, "value", True)
     return SampleLoader(
         samples,
         batch_sampler=order,
         collate_fn=samples.collate,
         num_workers=workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, leaving),
+        persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else iter() draws from the global one, which a resumed run would notice
     )
 
 
-def _start_worker(worker: int) -> None:
-    """The main process decides when to stop: a worker that died of the same signal would cost the last checkpoint."""
+def _start_worker(leaving, worker: int) -> None:
+    """Let the main process decide when to stop: with a worker that dies of the same signal the last save would be lost.
+
+    An exiting interpreter ends its children by SIGTERM and waits for them, so then it must not be ignored.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
     torch.set_num_threads(1)
 
 

@@ -26,7 +26,7 @@ EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json")
 FORMAT = "aimv2 shard index 1"
 LARGEST_MEMBER = 2**32 - 1  # bytes
 
-_KEY = re.compile(rb"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
+_KEY = re.compile(rb"((?:.*/)?[^./]+)[.]([^/]*)", re.DOTALL)  # no match: no extension, or a hidden file
 _META = re.compile(rb"__[^/]*__($|/)")  # webdataset skips these
 _DTYPES = {"U8": np.uint8, "U32": np.uint32}
 _READ = 1 << 20
@@ -143,7 +143,7 @@ class _Scan:
     extensions: set[str] = field(default_factory=set)  # of the current key
 
     def add(self, shard: Path, member: Member) -> None:
-        match = _KEY.match(member.name)
+        match = _KEY.fullmatch(member.name)
         if match is None or _META.match(member.name):
             self.ignored[""] += 1
             return
