@@ -78,6 +78,8 @@ class TrainConfig:
                 f"data.context_length {data.context_length} is more than "
                 f"objective.decoder.context_length {decoder.context_length}"
             )
+        if self.evals and data.validation is None:
+            raise ValueError("data.validation is None, but evals need it: expected a source, or no evals")
         least = {"steps": 1, "save_every": 1, "log_every": 1, "seed": 0, "keep": 2}  # one checkpoint may be damaged
         for name, value in least.items():
             if getattr(self, name) < value:
@@ -228,7 +230,7 @@ def finish(config: TrainConfig, engine: Engine) -> None:
             metadata={"steps": config.steps, "images": config.steps * config.engine.batch_size, "seed": config.seed},
         )
         logger.info("exported to %s", folder)
-        draw_run(config.out, config.data, seed=config.seed)
+        draw_run(config.out, config.data, seed=config.seed, device=engine.device)
         logger.info("drew %s", Path(config.out) / "{loss,predictions}.png")
 
     on_rank_zero(export_and_draw)
