@@ -1,0 +1,156 @@
+"""Each mistake of a user ends the run with exit status 1 and one line that names the value and what was expected."""
+
+import shutil
+
+import pytest
+from processes import ROOT, finish, nothing, start, train
+
+from aimv2.data.shapes import captions, scene
+from aimv2.data.tokenizer import Tokenizer, train_tokenizer
+
+
+def run(arguments, tmp_path, ranks=1, sabotage=nothing):
+    """Exit codes, and the lines on the terminal."""
+    log = tmp_path / "terminal.log"
+    log.unlink(missing_ok=True)
+    codes = finish(start(train, arguments, sabotage, ranks=ranks, log=log), seconds=60)
+    return codes, log.read_text().splitlines()
+
+
+MISTAKES = {
+    "unknown key": (["optim.peaklr=1"], "unknown key optim.peaklr: did you mean optim.peak_lr?"),
+    "wrong type": (["steps=ten"], "steps: expected int, got 'ten'"),
+    "wrong choice": (["engine.zero_stage=0"], "engine.zero_stage: expected 1 | 2 | 3, got '0'"),
+    "no steps": (["steps=0"], "steps 0: expected 1 or more"),
+    "one checkpoint": (["keep=1"], "keep 1: expected 2 or more"),
+    "no images": (["engine.micro_batch=0"], "engine: micro_batch 0: expected 1 or more"),
+    "patch": (["objective.vision.image_size=50"], "objective.vision: image_size 50 is not a multiple of patch_size 16"),
+    "positions": (
+        ["data.transform.image_size=64"],
+        "data.transform.image_size 64 is not objective.vision.image_size 48, which the positions are made for",
+    ),
+    "context": (["data.context_length=40"], "data.context_length 40 is more than objective.decoder.context_length 32"),
+    "batch": (
+        ["engine.batch_size=10"],
+        "engine.batch_size 10 is not a multiple of engine.micro_batch 4 x 1 ranks",
+    ),
+    "no shard": (["data.train.0.shards=nowhere/train-*.tar"], "nowhere/train-*.tar: no .tar file matches"),
+    "one shard of a range": (["data.train.0.shards=nowhere/{00..03}.tar"], "nowhere/00.tar: no such file"),
+    "other data": (["data.made_by.train=300"], "train = 200, the recipe says 300"),
+    "no tokenizer": (["data.tokenizer=tokenizers/klingon"], "no tokenizer at tokenizers/klingon: expected"),
+    "vocabulary": (
+        ["objective.decoder.vocab_size=100"],
+        "data.tokenizer tokenizers/shapes has 128 pieces, but objective.decoder.vocab_size is 100",
+    ),
+    "validation": (
+        ["data.validation=none"],
+        "data.validation is None, but evals need it: expected a source, or no evals",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake(tiny_run, tmp_path, mistake):
+    changes, words = MISTAKES[mistake]
+    codes, lines = run(tiny_run(tmp_path / "run", *changes), tmp_path)
+    assert codes == [1]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert words in lines[0]
+
+
+@pytest.mark.parametrize("mistake", ["batch", "no shard"])
+def test_mistake_on_two_ranks(tiny_run, tmp_path, mistake):
+    """No rank hangs. The others let rank 0 speak, and would be ended by a launcher meanwhile."""
+    changes, words = MISTAKES[mistake]
+    codes, lines = run(tiny_run(tmp_path / "run", *changes), tmp_path, ranks=2)
+    assert codes == [1, 1]
+    assert [line.partition(":")[0] for line in lines] == ["error", "error on rank 1"]
+    assert words.replace("1 ranks", "2 ranks") in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "does not exist"),
+        ("def config(:", "line 1"),
+        ("configuration = 1", "config"),
+        ("def config():\n    return 1", "expected a dataclass instance"),
+    ],
+)
+def test_config_file(tmp_path, text, words):
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    codes, lines = run(["--config", str(path)], tmp_path)
+    assert codes == [1]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and str(path) in lines[0], lines
+    assert words in lines[0].lower()
+
+
+# -- Going on from what does not fit -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(tiny_run, tmp_path):
+    """The folder of a run of one step with a tokenizer of its own."""
+    shutil.copytree(ROOT / "tokenizers" / "shapes", tmp_path / "tokenizer")
+    codes, lines = run(tiny_run(tmp_path / "run", "steps=1", f"data.tokenizer={tmp_path}/tokenizer"), tmp_path)
+    assert codes == [0], lines
+    return tmp_path
+
+
+def test_folder_of_another_run(tiny_run, tmp_path, begun):
+    codes, lines = run(tiny_run(begun / "run", "seed=1", f"data.tokenizer={begun}/tokenizer"), tmp_path)
+    assert codes == [1]
+    assert lines == [f"error: {begun}/run is the folder of another run: seed: saved 0, now 1"]
+
+
+def test_another_number_of_ranks(tiny_run, tmp_path, begun):
+    codes, lines = run(tiny_run(begun / "run", f"data.tokenizer={begun}/tokenizer"), tmp_path, ranks=2)
+    assert codes == [1, 1]
+    assert lines[0].startswith("error: step_00000001 was written by 1 ranks and this run has 2: ")
+    assert [line.partition(":")[0] for line in lines] == ["error", "error on rank 1"]
+
+
+def test_another_tokenizer_than_the_checkpoint_s(tiny_run, tmp_path, begun):
+    """The path is the same, and so is the number of pieces: only its contents tell."""
+    texts = [caption for index in range(300) for caption in captions(scene(0, "test", index, "full"))]
+    path = begun / "tokenizer"
+    train_tokenizer(texts, path, 128, source="a test", licence="Apache-2.0", model_type="bpe", force=True)
+    assert Tokenizer(path).vocab_size == 128
+    codes, lines = run(tiny_run(begun / "run", f"data.tokenizer={path}"), tmp_path)
+    assert codes == [1]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: step_00000001: the tokenizer changed: saved ")
+
+
+def test_a_run_that_came_to_nothing_gives_up_its_folder(tiny_run, tmp_path):
+    out = tmp_path / "run"
+    assert run(tiny_run(out, "data.train.0.shards=nowhere/*.tar"), tmp_path)[0] == [1]
+    codes, lines = run(tiny_run(out, "steps=1"), tmp_path)
+    assert codes == [0], lines
+
+
+# -- A rank that fails alone -------------------------------------------------------------------------------------------
+
+
+def one_rank_has_no_tokenizer():
+    import os
+
+    import aimv2.train
+
+    def load_tokenizer(config):
+        raise FileNotFoundError("no tokenizer on this node")
+
+    if os.environ["RANK"] == "1":
+        aimv2.train.load_tokenizer = load_tokenizer
+
+
+def test_one_rank_fails(tiny_run, tmp_path):
+    """The other one waits for it in vain, and says so instead of hanging."""
+    codes, lines = run(tiny_run(tmp_path / "run"), tmp_path, ranks=2, sabotage=one_rank_has_no_tokenizer)
+    assert codes == [1, 1]
+    assert sorted(lines) == [
+        "error on rank 1: no tokenizer on this node",
+        "error: another rank ended, for which see its own error",
+    ]
