@@ -62,7 +62,11 @@ class SampleCounter:
         self._recent: deque[bool] = deque(maxlen=WINDOW)
 
     def add(self, batch: Batch) -> None:
-        """Raises ShardError once more than 100 of the last 10,000 samples of this rank had to be replaced."""
+        """Count one batch.
+
+        Raises:
+            ShardError: more than 100 of this rank's last 10,000 samples were replaced, in a row or not.
+        """
         bad = {r.sample for r in batch.replaced}
         self._recent.extend(g in bad for g in batch.sample.tolist())
         for r in batch.replaced:

@@ -104,6 +104,8 @@ def test_large_data_are_read_in_few_places_and_well_mixed(monkeypatch):
     order = np.array([shuffled(i, length, (0, 0, 0)) for i in range(length)])
     window = np.sort(order[:1024])
     assert (np.diff(window) > 1).sum() <= 1024 // 64 - 1 + 1  # runs of 64; one may wrap round the end
+    # Each window is mixed in its own way: places in the runs of 64 agree by chance only.
+    assert np.mean((order[:1024] - order[1024:2048]) % 64 == 0) < 0.1
     # The correlation of place and sample of independent orders has deviation 1 / sqrt(chunks) = 0.025.
     assert abs(np.corrcoef(order, np.arange(length))[0, 1]) < 6 * 0.0253
     neighbours = np.abs(np.diff(order))
