@@ -28,7 +28,7 @@ def config() -> TrainConfig:
     captions = "json:captions"
     return TrainConfig(
         out="runs/shapes",
-        steps=3750,
+        steps=4000,
         objective=AIMv2Config(
             # Fixed positions, as in AIMv2-native: learned ones start at 2 % of the patches' size and are slow to grow.
             vision=VisionConfig(
