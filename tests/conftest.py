@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import pytest
+from processes import TINY_RUN, arguments
 
 from aimv2.config import load_config
 from aimv2.data.shapes import write_shards
-
-TINY_RUN = Path(__file__).parent / "tiny_run.py"
 
 
 @pytest.fixture(scope="session")
@@ -22,8 +21,3 @@ def tiny_data(tmp_path_factory) -> Path:
 def tiny_run(tiny_data):
     """`tiny_run(out, *changes)` -> the arguments of scripts/train_aimv2.py for that run."""
     return lambda out, *changes: arguments(tiny_data, out, *changes)
-
-
-def arguments(data: Path, out: Path, *changes: str) -> list[str]:
-    place = [f"out={out}", f"data.made_by.folder={data}", f"data.train.0.shards={data}/train-*.tar"]
-    return ["--config", str(TINY_RUN), *place, f"data.validation.shards={data}/validation-*.tar", *changes]

@@ -15,12 +15,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "train_aimv2.py"
+TINY_RUN = Path(__file__).parent / "tiny_run.py"
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # The second is what DeepSpeed imports in `initialize` (torch's compiler), the third what draws the pictures.
 CONTEXT.set_forkserver_preload(
     ["aimv2.train", "deepspeed.runtime.zero.muon.muon_optimizer", "matplotlib.backends.backend_agg"]
 )
+
+
+def arguments(data: Path, out: Path, *changes: str) -> list[str]:
+    """Those of scripts/train_aimv2.py for tiny_run.py with its data in another folder."""
+    place = [f"out={out}", f"data.made_by.folder={data}", f"data.train.0.shards={data}/train-*.tar"]
+    return ["--config", str(TINY_RUN), *place, f"data.validation.shards={data}/validation-*.tar", *changes]
 
 
 def start(function: Callable, *args, ranks: int = 1, log: Path) -> list:

@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import arguments
-from processes import ROOT, SCRIPT, finish, nothing, start, train
+from processes import ROOT, SCRIPT, arguments, finish, nothing, start, train
 
 from aimv2.config import from_json, load_config, to_json
 from aimv2.logger import TIMINGS
