@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,8 @@ from aimv2.data.batch import Batch, Counts, count_targets
 from aimv2.optim import OptimConfig, build_optimizer, learning_rate
 
 Engine = deepspeed.DeepSpeedEngine
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ECHO = 1.0  # seconds
 START_TIMEOUT = timedelta(seconds=600)  # ranks may wait this long for rank 0 to write data
 
 
@@ -160,17 +163,21 @@ def evaluation_model(engine: Engine, build: Callable[[], nn.Module]) -> nn.Modul
 
 
 class Preemption:
-    """SIGTERM or SIGINT asks for a last checkpoint; a second one ends the process at once."""
+    """SIGTERM or SIGINT asks for a last checkpoint; another one, more than a second later, ends the process at once."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            return
         self.asked = True
-        signal.signal(number, signal.SIG_DFL)
+        time.sleep(ECHO)  # meanwhile the same comes again: Ctrl-C reaches every rank by itself and from its launcher
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
 
     def __call__(self) -> bool:
         """Whether any rank was asked; all ranks agree."""

@@ -107,14 +107,27 @@ def killed_inside_save(number, moment):
     manifest.write = write
 
 
-def told_to_stop(number, times, rank):
-    """One rank gets SIGTERM, once or again."""
+def told_to_stop(number, rank, numbers, pause):
+    """One rank gets these signals, so many seconds apart."""
+
+    def tell():
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(pause)
 
     def action():
-        for _ in range(times if os.environ["RANK"] == str(rank) else 0):
-            os.kill(os.getpid(), signal.SIGTERM)
+        if os.environ["RANK"] == str(rank):
+            threading.Thread(target=tell).start()
+            time.sleep(0.05)  # so that the first is seen in this step
 
     at_step(number, action)
+
+
+def told_to_stop_in_a_long_save(number, twice):
+    from aimv2 import manifest
+
+    manifest.write = lambda *args, **kwargs: time.sleep(60)
+    told_to_stop(number, 0, [twice, twice], 2.0)
 
 
 # -- The tests ---------------------------------------------------------------------------------------------------------
@@ -145,12 +158,13 @@ def test_killed(tiny_run, tmp_path, undisturbed, zero, ranks, precision, moment)
     assert codes[0] == -signal.SIGKILL, said
     assert 0 not in codes, said  # the other rank was killed, too, or ended when it lost the first
     assert not (tmp_path / "run" / "export").exists()
-    if moment != "at random":
-        assert [path.name for path in sorted(tmp_path.glob("run/checkpoints/step_*"))] == ["step_00000003"]
+    saved = sorted(path.name for path in tmp_path.glob("run/checkpoints/step_*"))
+    assert moment == "at random" or saved == ["step_00000003"]
 
     codes, said = run(command, tmp_path, ranks=ranks)
     assert codes == [0] * ranks, said
-    assert ("going on from" in said) == (moment != "at random" or step > 3), said  # else there was no checkpoint yet
+    begins = [line for line in said.splitlines() if line.startswith("going on from")]
+    assert begins == [f"going on from {tmp_path}/run/checkpoints/{name}" for name in saved[-1:]]
     assert record(tmp_path / "run") == expected
 
 
@@ -175,7 +189,7 @@ def alive(pid: str) -> bool:
 def test_told_to_stop(tiny_run, tmp_path, undisturbed):
     """SIGTERM to one of two ranks: both save and end well, and the same command ends as if nothing had happened."""
     command = tiny_run(tmp_path / "run")
-    codes, said = run(command, tmp_path, told_to_stop, 4, 1, 1, ranks=2)
+    codes, said = run(command, tmp_path, told_to_stop, 4, 1, [signal.SIGTERM], 0, ranks=2)
     assert codes == [0, 0], said
     assert said.splitlines()[-1] == "told to stop: saved step 4; the same command goes on from there"
     assert (tmp_path / "run" / "checkpoints" / "step_00000004").is_dir()
@@ -186,10 +200,20 @@ def test_told_to_stop(tiny_run, tmp_path, undisturbed):
     assert record(tmp_path / "run") == undisturbed(1, 2, "fp32")
 
 
-def test_told_twice(tiny_run, tmp_path):
-    codes, said = run(tiny_run(tmp_path / "run"), tmp_path, told_to_stop, 4, 2, 0)
+def test_told_twice_at_once(tiny_run, tmp_path):
+    """What Ctrl-C is under a launcher."""
+    signals = [signal.SIGINT, signal.SIGINT, signal.SIGTERM]
+    codes, said = run(tiny_run(tmp_path / "run"), tmp_path, told_to_stop, 4, 0, signals, 0.1)
+    assert codes == [0], said
+    assert (tmp_path / "run" / "checkpoints" / "step_00000004").is_dir()
+
+
+def test_told_again(tiny_run, tmp_path):
+    """The first signal waits for a save that takes long; the second one does not."""
+    command = tiny_run(tmp_path / "run")
+    codes, said = run(command, tmp_path, told_to_stop_in_a_long_save, 2, signal.SIGTERM)
     assert codes == [-signal.SIGTERM], said
-    assert not (tmp_path / "run" / "checkpoints" / "step_00000004").exists()
+    assert not list(tmp_path.glob("run/checkpoints/step_*"))
 
 
 def test_the_command_of_a_finished_run(tiny_run, tmp_path, undisturbed):
