@@ -26,7 +26,8 @@ from aimv2.optim import OptimConfig, build_optimizer, learning_rate
 Engine = deepspeed.DeepSpeedEngine
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ECHO = 1.0  # seconds
-START_TIMEOUT = timedelta(seconds=600)  # ranks may wait this long for rank 0 to write data
+START_TIMEOUT = timedelta(hours=4)  # for rank 0 to write data while the others wait
+STEP_TIMEOUT = timedelta(minutes=10)  # for everything afterwards
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,9 +110,17 @@ def on_rank_zero(work: Callable[[], None]) -> None:
         raise error[0]
 
 
+def limit_waiting(timeout: timedelta = STEP_TIMEOUT) -> None:
+    """From now on a rank that waits so long for another one fails."""
+    if hasattr(dist, "set_timeout"):
+        dist.set_timeout(timeout)
+    else:  # an older torch
+        dist.distributed_c10d._set_pg_timeout(timeout)
+
+
 def lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone, which then has the error worth reading."""
-    return isinstance(error, dist.DistError) or "by peer" in str(error)
+    """Whether a collective failed because another rank is gone or hangs."""
+    return isinstance(error, dist.DistError) or "by peer" in str(error) or "Timed out waiting" in str(error)
 
 
 def build_engine(model: nn.Module, optim: OptimConfig, config: EngineConfig) -> Engine:

@@ -27,6 +27,7 @@ from aimv2.engine import (
     evaluation_model,
     full_state_dict,
     global_counts,
+    limit_waiting,
     on_rank_zero,
     set_learning_rate,
     start_distributed,
@@ -34,6 +35,7 @@ from aimv2.engine import (
 from aimv2.evals.predictions import draw_run
 from aimv2.evals.shapes_captions import ShapesCaptions
 from aimv2.evals.validation import ValidationLoss
+from aimv2.flops import peak_flops, training_flops
 from aimv2.hub import export_model
 from aimv2.logger import Logger, start_logging
 from aimv2.objectives.aimv2 import AIMv2Config
@@ -143,6 +145,7 @@ def train(config: TrainConfig) -> TrainState:
     on_rank_zero(lambda: prepare_run(config))
     start_logging(config.out, rank)
     on_rank_zero(lambda: prepare_data(config.data))
+    limit_waiting()
 
     torch.manual_seed(config.seed)
     engine = build_engine(config.objective.build(), config.optim, config.engine)
@@ -153,7 +156,7 @@ def train(config: TrainConfig) -> TrainState:
     loader = train_loader(config.data, micro_batch=config.engine.micro_batch, start=state.sample, **keyed)
     evals = [(e, e.build(config.data, device=device, **keyed)) for e in config.evals]
     preempted = Preemption(device)
-    with closing(open_logger(config, state, rank)) as log:
+    with closing(open_logger(config, state, device)) as log:
         batches = iter(loader)
         skipped_in_a_row = 0
         while state.step < config.steps:
@@ -181,20 +184,25 @@ def train(config: TrainConfig) -> TrainState:
                     state.log = log.pending()
                     save(engine, state, config.out, config=to_json(config), fingerprints=fingerprints, keep=config.keep)
             if stop:
-                log.message(f"told to stop: saved step {state.step}; the same command goes on from there")
+                log.message(f"told to stop after step {state.step}; the same command goes on from the last checkpoint")
                 return state
         finish(config, engine)
     return state
 
 
-def open_logger(config: TrainConfig, state: TrainState, rank: int) -> Logger:
+def open_logger(config: TrainConfig, state: TrainState, device: torch.device) -> Logger:
+    """The run's log; where the device's data sheet is known, also of its MFU, with captions as long as the context."""
+    objective = config.objective
+    peak = peak_flops(device, torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
     return Logger(
         config.out,
         steps=config.steps,
         batch_size=config.engine.batch_size,
         every=config.log_every,
         wandb=config.wandb,
-        rank=rank,
+        rank=dist.get_rank(),
+        flops_per_image=training_flops(objective.vision, objective.decoder, config.data.context_length),
+        peak_flops=peak and peak * dist.get_world_size(),
         start=state.step,
         pending=state.log,
     )

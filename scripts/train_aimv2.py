@@ -37,8 +37,11 @@ def main() -> int:
     except RuntimeError as error:
         if not lost_peer(error):
             raise
-        report("another rank ended, for which see its own error")
+        report("another rank ended or hangs; look for its own error")
         return 1
+    except KeyboardInterrupt:
+        report("interrupted before training began")
+        return 130
     return 0
 
 

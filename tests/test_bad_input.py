@@ -1,9 +1,13 @@
 """Each mistake of a user ends the run with exit status 1 and one line that names the value and what was expected."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from processes import ROOT, finish, nothing, start, train
+from processes import ROOT, SCRIPT, finish, nothing, start, train
 
 from aimv2.data.shapes import captions, scene
 from aimv2.data.tokenizer import Tokenizer, train_tokenizer
@@ -66,6 +70,21 @@ def test_mistake_on_two_ranks(tiny_run, tmp_path, mistake):
     assert codes == [1, 1]
     assert [line.partition(":")[0] for line in lines] == ["error", "error on rank 1"]
     assert words.replace("1 ranks", "2 ranks") in lines[0]
+
+
+@pytest.mark.slow
+def test_mistake_under_torchrun(tiny_run, tmp_path):
+    """Our line comes first, whatever the launcher adds. On a slow machine a second rank may still repeat it."""
+    changes, words = MISTAKES["no tokenizer"]
+    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *tiny_run(tmp_path / "run", *changes)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("error"), done.stderr
+    assert all(words in line for line in lines if line.startswith("error")), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -135,8 +154,6 @@ def test_a_run_that_came_to_nothing_gives_up_its_folder(tiny_run, tmp_path):
 
 
 def one_rank_has_no_tokenizer():
-    import os
-
     import aimv2.train
 
     def load_tokenizer(config):
@@ -152,5 +169,5 @@ def test_one_rank_fails(tiny_run, tmp_path):
     assert codes == [1, 1]
     assert sorted(lines) == [
         "error on rank 1: no tokenizer on this node",
-        "error: another rank ended, for which see its own error",
+        "error: another rank ended or hangs; look for its own error",
     ]

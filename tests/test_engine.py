@@ -1,7 +1,9 @@
 """DeepSpeed against plain torch, in real processes of one or two ranks."""
 
 import os
+import time
 from dataclasses import fields
+from datetime import timedelta
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from aimv2.engine import (
     evaluation_model,
     full_state_dict,
     global_counts,
+    limit_waiting,
     lost_peer,
     on_rank_zero,
     set_learning_rate,
@@ -89,6 +92,7 @@ def test_deepspeed_config_follows_each_option():
         (RuntimeError("[pair.cc:545] Read error [127.0.0.1]:24251: Connection reset by peer."), True),
         (RuntimeError("[pair.cc:538] Connection closed by peer [127.0.1.1]:35627"), True),
         (dist.DistBackendError("NCCL error: remote process exited or there was a network error"), True),
+        (RuntimeError("[unbound_buffer.cc:81] Timed out waiting 600000ms for recv operation to complete"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), False),
     ],
 )
@@ -262,6 +266,23 @@ def agree():
 
 def test_ranks_agree(tmp_path):
     run(tmp_path, agree, ranks=2)
+
+
+def wait_in_vain():
+    start_distributed()
+    limit_waiting(timedelta(seconds=1))
+    begun = time.monotonic()
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError) as failure:
+            dist.all_reduce(torch.zeros(1))
+        assert lost_peer(failure.value)
+        assert time.monotonic() - begun < 10
+    else:
+        time.sleep(11)
+
+
+def test_waiting_is_limited(tmp_path):
+    run(tmp_path, wait_in_vain, ranks=2)
 
 
 def start_alone():

@@ -191,11 +191,11 @@ def test_told_to_stop(tiny_run, tmp_path, undisturbed):
     command = tiny_run(tmp_path / "run")
     codes, said = run(command, tmp_path, told_to_stop, 4, 1, [signal.SIGTERM], 0, ranks=2)
     assert codes == [0, 0], said
-    assert said.splitlines()[-1] == "told to stop: saved step 4; the same command goes on from there"
+    assert said.splitlines()[-1] == "told to stop after step 4; the same command goes on from the last checkpoint"
     assert (tmp_path / "run" / "checkpoints" / "step_00000004").is_dir()
     assert not (tmp_path / "run" / "export").exists()
 
-    codes, said = run(command, tmp_path, ranks=2)
+    codes, said = run([*command, "data.workers=0"], tmp_path, ranks=2)  # which may change
     assert codes == [0, 0], said
     assert record(tmp_path / "run") == undisturbed(1, 2, "fp32")
 
