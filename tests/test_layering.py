@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = [
     {"patches", "masks", "positions", "layers", "losses", "config", "manifest"},
-    {"encoder", "decoder", "text_encoder", "data", "optim", "logger"},
+    {"encoder", "decoder", "text_encoder", "flops", "data", "optim", "logger"},
     {"objectives", "evals", "hub", "tower"},
     {"engine", "checkpoint"},
     {"train"},
