@@ -381,13 +381,14 @@ def test_workers_survive_the_signals_that_stop_a_run(config):
     config = replace(config, workers=2)
     loader = train_loader(config, patch_size=PATCH, micro_batch=2, start=0, seed=0, rank=0, world_size=1)
     batches = iter(loader)
-    next(batches)
+    for _ in range(2):
+        next(batches)  # one from each: both have started
     workers = set(multiprocessing.active_children()) - others
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
-    assert [next(batches).sample.tolist() for _ in range(10)][-1] == [20, 21]
+    assert [next(batches).sample.tolist() for _ in range(10)][-1] == [22, 23]
     assert all(worker.is_alive() for worker in workers)
     del batches, loader
     assert not any(worker.is_alive() for worker in workers)
