@@ -271,14 +271,12 @@ def test_ranks_agree(tmp_path):
 def wait_in_vain():
     start_distributed()
     limit_waiting(timedelta(seconds=1))
-    begun = time.monotonic()
     if dist.get_rank() == 0:
-        with pytest.raises(RuntimeError) as failure:
+        with pytest.raises(RuntimeError, match="Timed out") as failure:
             dist.all_reduce(torch.zeros(1))
         assert lost_peer(failure.value)
-        assert time.monotonic() - begun < 10
     else:
-        time.sleep(11)
+        time.sleep(4)
 
 
 def test_waiting_is_limited(tmp_path):
