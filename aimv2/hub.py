@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from aimv2.config import from_json
 from aimv2.data.transforms import TransformConfig
 from aimv2.encoder import VisionConfig, VisionEncoder
+from aimv2.manifest import sync
 from aimv2.objectives.aimv2 import AIMv2, AIMv2Config
 
 FORMAT, VERSION, ARCHITECTURE = "aimv2", 1, "AIMv2"
@@ -214,19 +215,11 @@ def _check_replaceable(folder: Path) -> None:
 def _replace(new: Path, folder: Path) -> None:
     """Put `new` in the place of `folder`. If a kill comes between the renames, the old one is left beside it."""
     for path in (*new.iterdir(), new):
-        _sync(path)
+        sync(path)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
     os.rename(new, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
