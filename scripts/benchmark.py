@@ -1,0 +1,351 @@
+"""Speed and memory of our encoder beside transformers' and timm's AIMv2 of the same shape, and of a whole train step.
+
+    python scripts/benchmark.py encoder --size base --dtype fp32 bf16
+    python scripts/benchmark.py train --size large --dtype bf16 --batch 128 --compile
+
+All have random weights of the same distribution. bf16 means bf16 weights and images, for all alike; in the train step
+AdamW then works on an fp32 copy, as DeepSpeed's does. The models take turns within each round, each beginning in its
+turn, so that a machine whose speed drifts is as unfair to one as to another. The ratio of a round is the peer's time
+over ours, above 1 where ours is faster; the median over the rounds is what counts.
+
+Memory is what stays (weights, optimizer) and the most that torch's allocator hands out during a pass. The MFU counts
+the operations of `aimv2.flops` against the device's data sheet, --peak-tflops, or the fastest of ten large matrix
+products of the same run.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import accumulate
+from operator import truediv
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+import aimv2
+from aimv2.data.batch import Batch, Counts, count_targets
+from aimv2.decoder import DecoderConfig
+from aimv2.encoder import VisionConfig, VisionEncoder, vision_config
+from aimv2.flops import encoder_flops, peak_flops, training_flops
+from aimv2.objectives.aimv2 import AIMv2Config
+from aimv2.optim import OptimConfig, build_optimizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TINY = VisionConfig(width=64, depth=2, heads=2, mlp_hidden=128)  # to try this script
+TINY_DECODER = DecoderConfig(width=64, depth=2, heads=2, mlp_hidden=128, vocab_size=128)
+CAPTION_TOKENS = 77
+WARM_UP = 2  # rounds
+
+
+@dataclass(slots=True, kw_only=True)
+class Subject:
+    """What is timed, and the tensors that outlast it."""
+
+    run: Callable[[], Tensor | None]  # one pass; an encoder's returns the features
+    tensors: Callable[[], list[Tensor]]
+
+
+# -- The encoders --------------------------------------------------------------------------------------------------
+
+
+def ours(config: VisionConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    encoder = VisionEncoder(config)
+    return encoder, encoder
+
+
+def transformers(config: VisionConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from transformers import Aimv2VisionConfig, Aimv2VisionModel
+
+    settings = Aimv2VisionConfig(
+        hidden_size=config.width,
+        intermediate_size=config.mlp_hidden,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.heads,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        rms_norm_eps=config.norm_eps,
+        use_head=False,
+        attn_implementation="sdpa",
+    )
+    model = Aimv2VisionModel(settings)
+    return model, lambda image: model(image).last_hidden_state
+
+
+def timm(config: VisionConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from timm import create_model
+
+    model = create_model(
+        "aimv2_large_patch14_224",  # for its norms, MLP and biases: timm has no entry of base size
+        img_size=config.image_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        mlp_ratio=config.mlp_hidden / config.width,
+    )
+    return model, model.forward_features
+
+
+def encoder_subjects(config: VisionConfig, dtype: str, backward: bool, arguments: argparse.Namespace) -> dict:
+    """Ours and the peers that are installed. Raises ValueError if they are not the same architecture."""
+    peers = [peer for peer in (transformers, timm) if importlib.util.find_spec(peer.__name__)]
+    subjects, seen = {}, {}
+    for make in [ours, *peers]:
+        subject = subjects[make.__name__] = encoder_subject(*make(config), config, dtype, backward, arguments)
+        seen[make.__name__] = sum(tensor.numel() for tensor in subject.tensors()), tuple(subject.run().shape)
+    if len(set(seen.values())) > 1:
+        raise ValueError(f"the models differ in (parameters, shape of the features): {seen}")
+    return subjects
+
+
+def encoder_subject(
+    model: nn.Module, forward: Callable, config: VisionConfig, dtype: str, backward: bool, arguments: argparse.Namespace
+) -> Subject:
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.02)
+    model.to(arguments.device, DTYPES[dtype]).train(backward).requires_grad_(backward)
+    if arguments.compile:
+        forward = torch.compile(forward)
+    image = torch.randn(arguments.batch, 3, config.image_size, config.image_size).to(arguments.device, DTYPES[dtype])
+    gradient = torch.randn(arguments.batch, config.num_patches, config.width).to(image)
+
+    def run() -> Tensor:
+        with torch.set_grad_enabled(backward):
+            features = forward(image)
+        if backward:
+            features.backward(gradient)
+            model.zero_grad(set_to_none=True)
+        return features
+
+    return Subject(run=run, tensors=lambda: list(model.parameters()))
+
+
+# -- The train step ------------------------------------------------------------------------------------------------
+
+
+def train_subject(config: AIMv2Config, dtype: str, arguments: argparse.Namespace) -> Subject:
+    """An optimizer step of AIMv2 on random images and full captions, without DeepSpeed."""
+    model = config.build().to(arguments.device)
+    masters = model if dtype == "fp32" else copy.deepcopy(model)
+    weights, master_weights = list(model.to(DTYPES[dtype]).parameters()), list(masters.parameters())
+    optimizer = build_optimizer(masters, OptimConfig(peak_lr=1e-4, warmup_steps=0), fused=True)
+    batch = random_batch(config, arguments.batch).to(arguments.device)
+    patches, tokens = count_targets([batch]).float().to(arguments.device)
+    if arguments.compile:
+        model.compile()
+
+    def run() -> None:
+        model(batch, Counts(patches=patches, tokens=tokens))["loss"].backward()
+        if masters is not model:
+            for weight, master in zip(weights, master_weights, strict=True):
+                master.grad, weight.grad = weight.grad.float(), None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if masters is not model:
+            with torch.no_grad():
+                torch._foreach_copy_(weights, master_weights)
+
+    def tensors() -> list[Tensor]:
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        return weights + moments + (master_weights if masters is not model else [])
+
+    return Subject(run=run, tensors=tensors)
+
+
+def random_batch(config: AIMv2Config, size: int) -> Batch:
+    n = config.vision.num_patches
+    return Batch(
+        image=torch.randn(size, 3, config.vision.image_size, config.vision.image_size),
+        text=torch.randint(config.decoder.vocab_size, (size, CAPTION_TOKENS)),
+        text_length=torch.full((size,), CAPTION_TOKENS),
+        prefix_length=torch.randint(1, n, (size,)),
+        sample=torch.arange(size),
+        num_patches=n,
+    )
+
+
+# -- Measuring -----------------------------------------------------------------------------------------------------
+
+
+def time_rounds(subjects: dict[str, Subject], rounds: int, device: torch.device, title: str) -> dict[str, list[float]]:
+    """Seconds of each subject in each round, after rounds of warming up."""
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    names = list(subjects)
+    for number in tqdm(range(-WARM_UP, rounds), desc=title, unit="round", leave=False):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            duration = seconds_of(subjects[name].run, device)
+            if number >= 0:
+                seconds[name].append(duration)
+    return seconds
+
+
+def seconds_of(run: Callable, device: torch.device) -> float:
+    if device.type != "cuda":
+        begun = time.perf_counter()
+        run()
+        return time.perf_counter() - begun
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def memory(subject: Subject, device: torch.device) -> int:
+    """Bytes of a subject that has run before, without what others hold at the same time."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        subject.run()
+        growth = torch.cuda.max_memory_allocated(device) - before
+    else:
+        os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler would report its own start and end
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            subject.run()
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        growth = max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), default=0)
+    return growth + sum(tensor.nbytes for tensor in subject.tensors())
+
+
+def device_peak(dtype: str, arguments: argparse.Namespace) -> tuple[float, str]:
+    """FLOP/s, and where the number comes from."""
+    device = torch.device(arguments.device)
+    if arguments.peak_tflops:
+        return 1e12 * arguments.peak_tflops, "given"
+    if known := peak_flops(device, DTYPES[dtype]):
+        return known, "data sheet"
+    n = 8192 if device.type == "cuda" else 2048
+    a, b, out = torch.randn(3, n, n).to(device, DTYPES[dtype])
+    product = Subject(run=lambda: torch.mm(a, b, out=out), tensors=list)
+    return 2 * n**3 / min(time_rounds({"product": product}, 10, device, "peak")["product"]), "measured"
+
+
+def measure(
+    task: str, dtype: str, subjects: dict[str, Subject], flops: float, arguments: argparse.Namespace
+) -> list[dict]:
+    """A result for each subject; `flops` are those of an image."""
+    device = torch.device(arguments.device)
+    seconds = time_rounds(subjects, arguments.rounds, device, f"{task} {dtype}")
+    results = []
+    for name, times in seconds.items():
+        low, ratio, high = statistics.quantiles(map(truediv, times, seconds["ours"]), n=4, method="inclusive")
+        median = statistics.median(times)
+        results.append(
+            {
+                "task": task,
+                "dtype": dtype,
+                "model": name,
+                "seconds": median,
+                "images_per_second": arguments.batch / median,
+                "ratio": ratio,
+                "ratio_quartiles": [low, high],
+                "flops_per_second": flops * arguments.batch / median,
+                "memory_bytes": memory(subjects[name], device),
+                "rounds": times,
+            }
+        )
+    return results
+
+
+def benchmark(vision: VisionConfig, decoder: DecoderConfig, arguments: argparse.Namespace) -> list[dict]:
+    """A result for each dtype, task and model."""
+    results = []
+    for dtype in arguments.dtype:
+        rows = []
+        if arguments.what == "train":
+            step = {"ours": train_subject(AIMv2Config(vision=vision, decoder=decoder), dtype, arguments)}
+            rows += measure("train step", dtype, step, training_flops(vision, decoder, CAPTION_TOKENS), arguments)
+        else:
+            for task, backward, times in (("forward", False, 1), ("fwd+bwd", True, 3)):
+                subjects = encoder_subjects(vision, dtype, backward, arguments)
+                rows += measure(task, dtype, subjects, times * encoder_flops(vision), arguments)
+                del subjects  # before the next are built
+        peak, source = device_peak(dtype, arguments)
+        results += [r | {"peak_flops": peak, "peak_source": source, "mfu": r["flops_per_second"] / peak} for r in rows]
+    return results
+
+
+# -- Report --------------------------------------------------------------------------------------------------------
+
+
+def show(results: list[dict]) -> None:
+    print(f"{'task':10} {'dtype':5} {'model':12} {'ms':>9} {'images/s':>9} {'ratio (quartiles)':>23}   MFU     MiB")
+    for r in results:
+        ratio = "{:.3f} ({:.3f}-{:.3f})".format(r["ratio"], *r["ratio_quartiles"])
+        print(
+            f"{r['task']:10} {r['dtype']:5} {r['model']:12} {1e3 * r['seconds']:9.1f} {r['images_per_second']:9.2f} "
+            f"{ratio:>23} {r['mfu']:5.0%} {r['memory_bytes'] / 2**20:7.0f}"
+        )
+    peaks = {f"{r['dtype']} {r['peak_flops'] / 1e12:.3g} TFLOP/s ({r['peak_source']})": None for r in results}
+    print("MFU against", ", ".join(peaks))
+
+
+def environment(arguments: argparse.Namespace) -> dict:
+    device = torch.device(arguments.device)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "aimv2": aimv2.__version__,
+        "torch": torch.__version__,
+    } | {name: version(name) for name in ("transformers", "timm") if importlib.util.find_spec(name)}
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("encoder", "train"))
+    parser.add_argument("--size", default="base", help="base, large, huge, 1b, 3b; tiny to try this (%(default)s)")
+    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--batch", type=int, default=4, metavar="N", help="images (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timed, 2 at least (%(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="on the CPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, for all alike")
+    parser.add_argument("--peak-tflops", type=float, metavar="X", help="of the device, for the MFU")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write environment and results there")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    try:
+        if arguments.size == "tiny":
+            vision, decoder = replace(TINY, image_size=arguments.image_size), TINY_DECODER
+        else:
+            vision, decoder = vision_config(arguments.size, arguments.image_size), DecoderConfig()
+        results = benchmark(vision, decoder, arguments)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    show(results)
+    if arguments.json:
+        report = {"command": sys.argv[1:], "environment": environment(arguments), "results": results}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
