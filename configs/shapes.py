@@ -28,7 +28,7 @@ def config() -> TrainConfig:
     captions = "json:captions"
     return TrainConfig(
         out="runs/shapes",
-        steps=4000,
+        steps=4200,
         objective=AIMv2Config(
             # Fixed positions, as in AIMv2-native: learned ones start at 2 % of the patches' size and are slow to grow.
             vision=VisionConfig(
@@ -55,7 +55,7 @@ def config() -> TrainConfig:
             workers=1,
             made_by=recipe,
         ),
-        optim=OptimConfig(peak_lr=1.5e-3, warmup_steps=100, final_lr=1e-5),
+        optim=OptimConfig(peak_lr=1e-3, warmup_steps=100, final_lr=1e-5),
         engine=EngineConfig(batch_size=64, micro_batch=64),
         save_every=500,
         evals=[ValidationLoss(every=200), ShapesCaptions(every=1000)],
