@@ -24,11 +24,11 @@ WAYS = {
 }
 
 
-def run(arguments, tmp_path, *sabotage, ranks=1):
+def run(arguments, tmp_path, *sabotage, ranks=1, seconds=180):
     """Exit codes, and what was said."""
     log = tmp_path / "terminal.log"
     log.unlink(missing_ok=True)
-    codes = finish(start(train, arguments, *(sabotage or (nothing,)), ranks=ranks, log=log))
+    codes = finish(start(train, arguments, *(sabotage or (nothing,)), ranks=ranks, log=log), seconds)
     return codes, log.read_text()
 
 
@@ -135,6 +135,35 @@ def test_accumulation_and_ranks_change_nothing(tiny_run, tmp_path, ranks, micro)
     for whole, split in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "split"), strict=True):
         # fp32 sums in another order differ by 1e-7 of their size, a little more with each step of Adam.
         assert split == {name: pytest.approx(value, rel=1e-5) for name, value in whole.items()}
+
+
+MEMORY = {
+    "checkpointing": (["objective.vision.checkpointing=true", "objective.decoder.checkpointing=true"], 0),
+    "offload": (["engine.offload=true"], 1e-5),  # the optimizer's sums are in another order
+}
+
+
+def test_saving_memory_changes_nothing(tiny_run, tmp_path):
+    """Recomputed activations give the same numbers bit for bit; an optimizer in CPU memory all but does."""
+    for name, (changes, _) in {"plain": ([], 0), **MEMORY}.items():
+        codes, said = run(tiny_run(tmp_path / name, "engine.precision=bf16", "steps=5", *changes), tmp_path)
+        assert codes == [0], said
+    plain = metrics(tmp_path / "plain")
+    for name, (_, tolerance) in MEMORY.items():
+        for expected, line in zip(plain, metrics(tmp_path / name), strict=True):
+            assert line == {key: pytest.approx(value, rel=tolerance, abs=0) for key, value in expected.items()}
+
+
+@pytest.mark.slow
+def test_compiled(tiny_run, tmp_path):
+    """torch.compile (which needs a compiler on a CPU) changes the speed only."""
+    changes = "data.pad_text_to_context=true", "steps=3", "optim.peak_lr=0.001"
+    for name in ("false", "true"):
+        command = tiny_run(tmp_path / name, *changes, f"engine.compile={name}")
+        codes, said = run(command, tmp_path, seconds=500)
+        assert codes == [0], said
+    for plain, compiled in zip(metrics(tmp_path / "false"), metrics(tmp_path / "true"), strict=True):
+        assert compiled == {name: pytest.approx(value, rel=1e-4) for name, value in plain.items()}  # fused kernels
 
 
 def spoil_gradients(steps):
