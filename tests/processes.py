@@ -30,12 +30,15 @@ def arguments(data: Path, out: Path, *changes: str) -> list[str]:
     return ["--config", str(TINY_RUN), *place, f"data.validation.shards={data}/validation-*.tar", *changes]
 
 
-def start(function: Callable, *args, ranks: int = 1, log: Path) -> list:
-    """Begin `function(*args)`, which must be at the top of a module, on all ranks; what they print goes to `log`."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    everywhere = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return probe.getsockname()[1]
+
+
+def start(function: Callable, *args, ranks: int = 1, log: Path) -> list:
+    """Begin `function(*args)`, which must be at the top of a module, on all ranks; what they print goes to `log`."""
+    everywhere = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = []
     for rank in range(ranks):
         place = {name: str(value) for name, value in {"RANK": rank, "LOCAL_RANK": rank, **everywhere}.items()}

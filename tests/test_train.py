@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import ROOT, SCRIPT, arguments, finish, nothing, start, train
+from processes import ROOT, SCRIPT, arguments, finish, free_port, nothing, start, train
 
 from aimv2.config import from_json, load_config, to_json
 from aimv2.logger import TIMINGS
@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 WAYS = {
     "python": [sys.executable],
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "1"],
-    "deepspeed": [str(BIN / "deepspeed")],
+    "deepspeed": [str(BIN / "deepspeed"), "--master_port", str(free_port())],  # its own default may be taken
 }
 
 
