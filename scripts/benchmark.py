@@ -19,10 +19,11 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import accumulate
@@ -55,9 +56,6 @@ class Subject:
 
     run: Callable[[], Tensor | None]  # one pass; an encoder's returns the features
     tensors: Callable[[], list[Tensor]]
-
-
-# -- The encoders --------------------------------------------------------------------------------------------------
 
 
 def ours(config: VisionConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -100,39 +98,38 @@ def timm(config: VisionConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
 def encoder_subjects(config: VisionConfig, dtype: str, backward: bool, arguments: argparse.Namespace) -> dict:
     """Ours and the peers that are installed. Raises ValueError if they are not the same architecture."""
     peers = [peer for peer in (transformers, timm) if importlib.util.find_spec(peer.__name__)]
+    image = torch.randn(arguments.batch, 3, config.image_size, config.image_size)
+    gradient = torch.randn(arguments.batch, config.num_patches, config.width)
+    image, gradient = (tensor.to(arguments.device, DTYPES[dtype]) for tensor in (image, gradient))
     subjects, seen = {}, {}
     for make in [ours, *peers]:
-        subject = subjects[make.__name__] = encoder_subject(*make(config), config, dtype, backward, arguments)
-        seen[make.__name__] = sum(tensor.numel() for tensor in subject.tensors()), tuple(subject.run().shape)
+        model, forward = make(config)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.02)
+        model.to(arguments.device, DTYPES[dtype]).train(backward).requires_grad_(backward)
+        if arguments.compile:
+            forward = torch.compile(forward)
+        subject = encoder_pass(model, forward, image, gradient if backward else None)
+        subjects[make.__name__] = subject
+        seen[make.__name__] = sum(p.numel() for p in model.parameters()), tuple(subject.run().shape)
     if len(set(seen.values())) > 1:
         raise ValueError(f"the models differ in (parameters, shape of the features): {seen}")
     return subjects
 
 
-def encoder_subject(
-    model: nn.Module, forward: Callable, config: VisionConfig, dtype: str, backward: bool, arguments: argparse.Namespace
-) -> Subject:
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.02)
-    model.to(arguments.device, DTYPES[dtype]).train(backward).requires_grad_(backward)
-    if arguments.compile:
-        forward = torch.compile(forward)
-    image = torch.randn(arguments.batch, 3, config.image_size, config.image_size).to(arguments.device, DTYPES[dtype])
-    gradient = torch.randn(arguments.batch, config.num_patches, config.width).to(image)
+def encoder_pass(model: nn.Module, forward: Callable, image: Tensor, gradient: Tensor | None) -> Subject:
+    """Forward, and backward from this gradient of the features if there is one."""
 
     def run() -> Tensor:
-        with torch.set_grad_enabled(backward):
+        with torch.set_grad_enabled(gradient is not None):
             features = forward(image)
-        if backward:
+        if gradient is not None:
             features.backward(gradient)
             model.zero_grad(set_to_none=True)
         return features
 
     return Subject(run=run, tensors=lambda: list(model.parameters()))
-
-
-# -- The train step ------------------------------------------------------------------------------------------------
 
 
 def train_subject(config: AIMv2Config, dtype: str, arguments: argparse.Namespace) -> Subject:
@@ -174,9 +171,6 @@ def random_batch(config: AIMv2Config, size: int) -> Batch:
         sample=torch.arange(size),
         num_patches=n,
     )
-
-
-# -- Measuring -----------------------------------------------------------------------------------------------------
 
 
 def time_rounds(subjects: dict[str, Subject], rounds: int, device: torch.device, title: str) -> dict[str, list[float]]:
@@ -262,37 +256,38 @@ def measure(
     return results
 
 
-def benchmark(vision: VisionConfig, decoder: DecoderConfig, arguments: argparse.Namespace) -> list[dict]:
-    """A result for each dtype, task and model."""
-    results = []
+def benchmark(arguments: argparse.Namespace) -> Iterator[dict]:
+    """A result for each dtype, task and model. Raises ValueError for a size or shape that isn't one."""
+    if arguments.size == "tiny":
+        vision, decoder = replace(TINY, image_size=arguments.image_size), TINY_DECODER
+    else:
+        vision, decoder = vision_config(arguments.size, arguments.image_size), DecoderConfig()
+    objective, forward = AIMv2Config(vision=vision, decoder=decoder), encoder_flops(vision)
+    if arguments.what == "train":
+        step = training_flops(vision, decoder, CAPTION_TOKENS)
+        tasks = [("train step", step, lambda dtype: {"ours": train_subject(objective, dtype, arguments)})]
+    else:
+        tasks = [
+            ("forward", forward, lambda dtype: encoder_subjects(vision, dtype, False, arguments)),
+            ("fwd+bwd", 3 * forward, lambda dtype: encoder_subjects(vision, dtype, True, arguments)),
+        ]
     for dtype in arguments.dtype:
-        rows = []
-        if arguments.what == "train":
-            step = {"ours": train_subject(AIMv2Config(vision=vision, decoder=decoder), dtype, arguments)}
-            rows += measure("train step", dtype, step, training_flops(vision, decoder, CAPTION_TOKENS), arguments)
-        else:
-            for task, backward, times in (("forward", False, 1), ("fwd+bwd", True, 3)):
-                subjects = encoder_subjects(vision, dtype, backward, arguments)
-                rows += measure(task, dtype, subjects, times * encoder_flops(vision), arguments)
-                del subjects  # before the next are built
         peak, source = device_peak(dtype, arguments)
-        results += [r | {"peak_flops": peak, "peak_source": source, "mfu": r["flops_per_second"] / peak} for r in rows]
-    return results
+        for task, flops, build in tasks:
+            for result in measure(task, dtype, build(dtype), flops, arguments):
+                yield result | {"peak_flops": peak, "peak_source": source, "mfu": result["flops_per_second"] / peak}
 
 
-# -- Report --------------------------------------------------------------------------------------------------------
+TITLE = f"{'task':10} {'dtype':5} {'model':12} {'ms':>9} {'images/s':>9} {'ratio (quartiles)':>23}   MFU     MiB"
 
 
-def show(results: list[dict]) -> None:
-    print(f"{'task':10} {'dtype':5} {'model':12} {'ms':>9} {'images/s':>9} {'ratio (quartiles)':>23}   MFU     MiB")
-    for r in results:
-        ratio = "{:.3f} ({:.3f}-{:.3f})".format(r["ratio"], *r["ratio_quartiles"])
-        print(
-            f"{r['task']:10} {r['dtype']:5} {r['model']:12} {1e3 * r['seconds']:9.1f} {r['images_per_second']:9.2f} "
-            f"{ratio:>23} {r['mfu']:5.0%} {r['memory_bytes'] / 2**20:7.0f}"
-        )
-    peaks = {f"{r['dtype']} {r['peak_flops'] / 1e12:.3g} TFLOP/s ({r['peak_source']})": None for r in results}
-    print("MFU against", ", ".join(peaks))
+def line(r: dict) -> str:
+    """A result under TITLE."""
+    ratio = "{:.3f} ({:.3f}-{:.3f})".format(r["ratio"], *r["ratio_quartiles"])
+    return (
+        f"{r['task']:10} {r['dtype']:5} {r['model']:12} {1e3 * r['seconds']:9.1f} {r['images_per_second']:9.2f} "
+        f"{ratio:>23} {r['mfu']:5.0%} {r['memory_bytes'] / 2**20:7.0f}"
+    )
 
 
 def environment(arguments: argparse.Namespace) -> dict:
@@ -307,8 +302,8 @@ def environment(arguments: argparse.Namespace) -> dict:
 
 def processor() -> str:
     info = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor()
+    name = re.search(r"^model name\s*: (.*)", info.read_text(), re.MULTILINE) if info.exists() else None
+    return name[1] if name else platform.processor()
 
 
 def parse() -> argparse.Namespace:
@@ -318,31 +313,37 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="images (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timed, 2 at least (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timed (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="on the CPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile, for all alike")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="of the device, for the MFU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write environment and results there")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error(f"--rounds {arguments.rounds}: expected 2 or more, for a median with quartiles")
+    return arguments
 
 
 def main() -> int:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    place, results = environment(arguments), []
     try:
-        if arguments.size == "tiny":
-            vision, decoder = replace(TINY, image_size=arguments.image_size), TINY_DECODER
-        else:
-            vision, decoder = vision_config(arguments.size, arguments.image_size), DecoderConfig()
-        results = benchmark(vision, decoder, arguments)
+        for result in benchmark(arguments):
+            if not results:
+                print(", ".join(f"{name} {value}" for name, value in place.items()))
+                print(TITLE)
+            print(line(result), flush=True)
+            results.append(result)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    show(results)
+    peaks = {f"{r['dtype']} {r['peak_flops'] / 1e12:.3g} TFLOP/s ({r['peak_source']})": None for r in results}
+    print("MFU against", ", ".join(peaks))
     if arguments.json:
-        report = {"command": sys.argv[1:], "environment": environment(arguments), "results": results}
+        report = {"command": sys.argv[1:], "environment": place, "results": results}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
 

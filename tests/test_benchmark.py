@@ -64,7 +64,8 @@ def test_table_and_json(run, what, tasks, models):
         assert low <= result["ratio"] <= high
     assert report["environment"]["threads"] == 1 and report["environment"]["torch"] == torch.__version__
 
-    title, *lines, peaks = done.stdout.splitlines()
+    place, title, *lines, peaks = done.stdout.splitlines()
+    assert f"torch {torch.__version__}" in place
     assert title.split()[:3] == ["task", "dtype", "model"] and peaks.startswith("MFU against")
     column = title.index("model")
     for line, (task, dtype, model) in zip(lines, expected, strict=True):
