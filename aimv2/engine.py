@@ -77,7 +77,10 @@ def deepspeed_config(config: EngineConfig, clip: float, world_size: int) -> dict
 
 
 def start_distributed() -> torch.device:
-    """Join the process group, alone if no launcher started this process, and return this rank's device."""
+    """Join the process group, alone if no launcher started this process, and return this rank's device.
+
+    Raises ConnectionError, naming address and port, where the ranks can't meet.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -89,7 +92,14 @@ def start_distributed() -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     cuda = torch.cuda.is_available()
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=START_TIMEOUT, verbose=False)
+        try:
+            deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=START_TIMEOUT, verbose=False)
+        except dist.DistNetworkError as error:
+            meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ConnectionError(
+                f"the ranks can't meet at {meeting}, a port that must be free for this run alone "
+                f"(--master_port of the launcher chooses another): {str(error).splitlines()[0]}"
+            ) from error
     if not cuda:
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -32,7 +32,9 @@ PACKAGE = logging.getLogger("aimv2")
 
 
 class Logger:
-    """Writes into the run folder `folder`; on resume pass the step reached (`start`) and what `pending` gave there.
+    """Writes into the run folder `folder`, with lines for people by way of `logging_to`.
+
+    On resume pass the step reached (`start`) and what `pending` gave there.
 
     steps, batch_size: of the whole run and of one optimizer step over all ranks, for the ETA and images/s.
     tensorboard: skipped with a message where the package is missing. wandb: a project name; a missing package is an
@@ -67,14 +69,13 @@ class Logger:
         self._timed, self._paused, self._waited = 0, 0.0, 0.0  # steps and seconds since the last line
         if wandb and importlib.util.find_spec("wandb") is None:
             raise ValueError(f"wandb={wandb!r} needs the package wandb, which is not installed")
-        start_logging(self.folder, rank)
         self._closers = contextlib.ExitStack()
-        self._closers.callback(stop_logging)
         self._bar = self._metrics = self._tensorboard = self._wandb = None
         if rank == 0:
             self._open(start, tensorboard, wandb)
 
     def _open(self, start: int, tensorboard: bool, wandb: str | None) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._metrics = self._closers.enter_context(_open_metrics(self.folder / "metrics.jsonl", start))
         if tensorboard and (writer := _open_tensorboard(self.folder / "tensorboard", start)):
             self._tensorboard = self._closers.enter_context(writer)
@@ -212,7 +213,7 @@ class Logger:
         origin, begun = self._origin
         left = (time.monotonic() - begun) / max(line["step"] - origin, 1) * (self.steps - line["step"])
         text = f"step {line['step']}/{self.steps}, {', '.join(fields)}, {tqdm.format_interval(left)} left"
-        PACKAGE.info(text, extra={"on_bar": self._bar is not None})
+        PACKAGE.info(text, extra={"in_file_only": self._bar is not None})
 
 
 def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -236,36 +237,34 @@ class _Terminal(logging.Handler):
     """Lines above the progress bar; without a terminal, plain lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not getattr(record, "on_bar", False):
+        if not getattr(record, "in_file_only", False):
             tqdm.write(self.format(record), file=sys.stderr)
 
 
-class _RunFile(logging.FileHandler):
-    """train.log; a class of its own so that `stop_logging` takes away nobody else's."""
-
-
-def start_logging(folder: str | Path, rank: int = 0) -> None:
+@contextlib.contextmanager
+def logging_to(folder: str | Path, rank: int = 0) -> Iterator[None]:
     """Sends the package's log records to the terminal and, from rank 0, to train.log in `folder`.
 
-    `Logger` does so too; call it earlier for what is said before there is one. Calling it again starts afresh.
+    An error that ends the run goes into train.log with its traceback; the terminal is the caller's affair.
     """
-    stop_logging()
     handlers: list[logging.Handler] = [_Terminal(logging.INFO if rank == 0 else logging.WARNING)]
     handlers[0].setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     if rank == 0:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        handlers.append(_RunFile(Path(folder) / "train.log", encoding="utf-8"))
+        handlers.append(logging.FileHandler(Path(folder) / "train.log", encoding="utf-8"))
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = PACKAGE.level
     PACKAGE.setLevel(logging.INFO)
     for handler in handlers:
         PACKAGE.addHandler(handler)
-
-
-def stop_logging() -> None:
-    """Undoes `start_logging`."""
-    PACKAGE.setLevel(logging.NOTSET)
-    for handler in PACKAGE.handlers[:]:
-        if isinstance(handler, _Terminal | _RunFile):
+    try:
+        yield
+    except BaseException as error:
+        PACKAGE.critical("ended by %s: %s", type(error).__name__, error, exc_info=True, extra={"in_file_only": True})
+        raise
+    finally:
+        PACKAGE.setLevel(level)
+        for handler in handlers:
             PACKAGE.removeHandler(handler)
             handler.close()
 

@@ -37,7 +37,7 @@ from aimv2.evals.shapes_captions import ShapesCaptions
 from aimv2.evals.validation import ValidationLoss
 from aimv2.flops import peak_flops, training_flops
 from aimv2.hub import export_model
-from aimv2.logger import Logger, start_logging
+from aimv2.logger import Logger, logging_to
 from aimv2.objectives.aimv2 import AIMv2Config
 from aimv2.optim import OptimConfig
 
@@ -143,10 +143,15 @@ def train(config: TrainConfig) -> TrainState:
     config.engine.accumulation(world_size)  # a batch that doesn't divide is refused before anything is written
     tokenizer = load_tokenizer(config)
     on_rank_zero(lambda: prepare_run(config))
-    start_logging(config.out, rank)
-    on_rank_zero(lambda: prepare_data(config.data))
-    limit_waiting()
+    with logging_to(config.out, rank):
+        on_rank_zero(lambda: prepare_data(config.data))
+        limit_waiting()
+        return run(config, tokenizer, device)
 
+
+def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> TrainState:
+    """The steps of `train`, all else being prepared."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(config.seed)
     engine = build_engine(config.objective.build(), config.optim, config.engine)
     fingerprints = {"data": fingerprint(config.data), "tokenizer": tokenizer.fingerprint}
@@ -238,7 +243,10 @@ def finish(config: TrainConfig, engine: Engine) -> None:
             metadata={"steps": config.steps, "images": config.steps * config.engine.batch_size, "seed": config.seed},
         )
         logger.info("exported to %s", folder)
-        draw_run(config.out, config.data, seed=config.seed, device=engine.device)
-        logger.info("drew %s", Path(config.out) / "{loss,predictions}.png")
+        try:
+            draw_run(config.out, config.data, seed=config.seed, device=engine.device)
+            logger.info("drew %s", Path(config.out) / "{loss,predictions}.png")
+        except Exception:  # whatever it is, the trained model is safe and must not look lost
+            logger.exception("no pictures; once it is mended, scripts/show_predictions.py %s draws them", config.out)
 
     on_rank_zero(export_and_draw)

@@ -2,7 +2,9 @@
 
     deepspeed scripts/train_aimv2.py --config configs/shapes_full.py
 
-As configs/shapes.py, with larger images, a larger model and more data. Not run yet.
+As configs/shapes.py, with larger images, a larger model and more data. Measured, much reduced (width 128, 5 + 2 blocks,
+100,000 images, 4,000 steps of 64 in 47 minutes of one CPU core): 74 % of 512 held-out images captioned with exactly the
+right set of objects, and still climbing. As it stands it has not been run.
 """
 
 from dataclasses import replace

@@ -1,7 +1,9 @@
 """Each mistake of a user ends the run with exit status 1 and one line that names the value and what was expected."""
 
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +153,18 @@ def test_a_run_that_came_to_nothing_gives_up_its_folder(tiny_run, tmp_path):
 
 
 # -- A rank that fails alone -------------------------------------------------------------------------------------------
+
+
+def take_port():
+    """What this process was told to meet the others at is in use: a launcher's default, with two runs on a machine."""
+    socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))).detach()
+
+
+def test_port_in_use(tiny_run, tmp_path):
+    codes, lines = run(tiny_run(tmp_path / "run"), tmp_path, sabotage=take_port)
+    assert codes == [1]
+    lines = [line for line in lines if line.startswith("error")]
+    assert re.match(r"error: the ranks can't meet at 127\.0\.0\.1:\d+, a port that must be free for this run", lines[0])
 
 
 def one_rank_has_no_tokenizer():

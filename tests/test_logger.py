@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from aimv2 import logger
-from aimv2.logger import TIMINGS, Logger, read_metrics
+from aimv2.logger import TIMINGS, Logger, logging_to, read_metrics
 
 
 @pytest.fixture
@@ -26,7 +26,8 @@ def open_logger(tmp_path):
         opened.append(Logger(tmp_path, **{**settings, **changes}))
         return opened[-1]
 
-    yield make
+    with logging_to(tmp_path):
+        yield make
     for log in opened:
         log.close()
 
@@ -186,7 +187,8 @@ def test_a_resumed_file_equals_an_undisturbed_one_but_for_times(tmp_path, stop):
     killed.close()
     with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
         file.write('{"step": 21, "lo')  # half a line
-    resumed = Logger(tmp_path / "b", **settings, start=stop, pending=pending)
+    with logging_to(tmp_path / "b"):
+        resumed = Logger(tmp_path / "b", **settings, start=stop, pending=pending)
     evaluate(resumed, range(stop + 1, 21))
     resumed.close()
 
@@ -275,24 +277,31 @@ def test_a_bar_on_a_terminal(open_logger, tmp_path, capsys, monkeypatch):
 
 
 def test_other_ranks_write_nothing_and_show_warnings(tmp_path, capsys):
-    log = Logger(tmp_path / "run", steps=4, batch_size=8, every=2, rank=1)
-    train(log, range(1, 5))
-    log.message("hello")
-    log.evaluation(4, "validation", {"loss": 1.0})
-    logging.getLogger("aimv2.data").warning("bad sample")
-    log.close()
+    with logging_to(tmp_path / "run", rank=1):
+        log = Logger(tmp_path / "run", steps=4, batch_size=8, every=2, rank=1)
+        train(log, range(1, 5))
+        log.message("hello")
+        log.evaluation(4, "validation", {"loss": 1.0})
+        logging.getLogger("aimv2.data").warning("bad sample")
+        log.close()
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().err == "rank 1: bad sample\n"
 
 
-def test_closing_gives_the_package_its_silence_back(open_logger):
+def test_logging_gives_the_package_its_silence_back(tmp_path):
     before = logger.PACKAGE.handlers[:], logger.PACKAGE.level
-    log = open_logger()
-    logger.start_logging(log.folder)  # twice is once
-    assert len(logger.PACKAGE.handlers) == len(before[0]) + 2
-    log.close()
-    log.close()
+    with logging_to(tmp_path):
+        assert len(logger.PACKAGE.handlers) == len(before[0]) + 2
     assert (logger.PACKAGE.handlers, logger.PACKAGE.level) == before
+
+
+def test_what_ends_a_run_is_in_the_file_with_its_traceback(tmp_path, capsys):
+    with pytest.raises(ZeroDivisionError), logging_to(tmp_path):
+        _ = 1 / 0
+    written = (tmp_path / "train.log").read_text()
+    assert " CRITICAL ended by ZeroDivisionError: division by zero\nTraceback " in written
+    assert "_ = 1 / 0" in written
+    assert capsys.readouterr().err == ""
 
 
 def test_a_full_disk_does_not_end_the_run(open_logger, tmp_path):

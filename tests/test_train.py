@@ -203,8 +203,28 @@ def test_five_bad_gradients_in_a_row_end_the_run(tiny_run, tmp_path):
     codes, said = run(tiny_run(out), tmp_path, spoil_gradients, range(4, 11))
     assert codes == [1]
     assert said.splitlines()[-1] == "error: 5 steps in a row, up to 8, had no finite gradient"
+    assert "CRITICAL ended by TrainingError: 5 steps in a row" in (out / "train.log").read_text()
     assert [line["step"] for line in metrics(out)] == [*range(1, 8)]
     assert sorted(path.name for path in out.glob("checkpoints/*")) == ["step_00000003", "step_00000006"]
+
+
+def break_pictures():
+    import aimv2.train
+
+    def draw_run(*args, **kwargs):
+        raise OSError("no font")
+
+    aimv2.train.draw_run = draw_run
+
+
+def test_a_run_outlives_its_pictures(tiny_run, tmp_path):
+    """The model is exported and the run has ended well; what failed is said with its traceback."""
+    out = tmp_path / "run"
+    codes, said = run(tiny_run(out, "steps=1"), tmp_path, break_pictures)
+    assert codes == [0], said
+    assert f"no pictures; once it is mended, scripts/show_predictions.py {out} draws them\nTraceback " in said
+    assert (out / "export" / "model.safetensors").exists()
+    assert "OSError: no font" in (out / "train.log").read_text()
 
 
 def test_config_of_a_run_survives_json(tiny_run, tmp_path):
