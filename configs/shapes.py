@@ -30,12 +30,12 @@ def config() -> TrainConfig:
     captions = "json:captions"
     return TrainConfig(
         out="runs/shapes",
-        steps=4200,
+        steps=3600,
         objective=AIMv2Config(
             # Fixed positions, as in AIMv2-native: learned ones start at 2 % of the patches' size and are slow to grow.
             vision=VisionConfig(
                 width=128,
-                depth=4,
+                depth=3,
                 heads=4,
                 mlp_hidden=352,
                 image_size=IMAGE_SIZE,
@@ -43,7 +43,7 @@ def config() -> TrainConfig:
                 positions="sincos",
             ),
             decoder=DecoderConfig(
-                width=128, depth=2, heads=4, mlp_hidden=352, vocab_size=128, context_length=CONTEXT_LENGTH
+                width=128, depth=3, heads=4, mlp_hidden=352, vocab_size=128, context_length=CONTEXT_LENGTH
             ),
         ),
         data=DataConfig(
