@@ -26,7 +26,7 @@ CONTEXT_LENGTH = 32  # the longest caption has 18 tokens
 
 
 def config() -> TrainConfig:
-    recipe = ShapesRecipe(difficulty="quick", folder="data/shapes_quick", train=40_000, validation=1_000)
+    recipe = ShapesRecipe(difficulty="quick", folder="data/shapes_quick", train=64_000, validation=1_000)
     captions = "json:captions"
     return TrainConfig(
         out="runs/shapes",
