@@ -116,6 +116,47 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class AttentionPool(nn.Module):
+    """One learned query looks at all patches: (B, N, D) -> (B, D). The query has no projection, the output has a bias.
+
+    The head of AIMv2's LiT image tower (Apple's inference code).
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of the number of heads {heads}")
+        self.heads = heads
+        self.query = nn.Parameter(torch.empty(1, 1, width))
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.query, std=0.02)
+        for linear in (self.key, self.value, self.proj):
+            nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`mask`, boolean (B, N), is True where a patch is real, at least once a row; None is everywhere.
+
+        Raises ValueError for a mask of another shape or type.
+        """
+        b, n, d = x.shape
+        if mask is not None:
+            if mask.shape != (b, n) or mask.dtype != torch.bool:
+                raise ValueError(f"mask of {mask.dtype} {tuple(mask.shape)}: expected torch.bool {(b, n)}")
+            mask = mask[:, None, None]  # (B, 1, 1, N)
+        q, k, v = (
+            part.view(b, -1, self.heads, d // self.heads).transpose(1, 2)  # (B, H, 1, D/H), twice (B, H, N, D/H)
+            for part in (self.query.expand(b, 1, d), self.key(x), self.value(x))
+        )
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(x.reshape(b, d))
+
+
 def init_trunk(module: nn.Module) -> None:
     """Xavier-uniform for every Linear of a trunk, q, k and v each as a matrix of its own, as Apple's trainer does."""
     for child in module.modules():

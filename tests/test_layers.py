@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aimv2.layers import Attention, Block, GeluMlp, KeyValueCache, SwiGlu
+from aimv2.layers import Attention, AttentionPool, Block, GeluMlp, KeyValueCache, SwiGlu
 from aimv2.masks import prefix_mask
 
 WIDTH, HEADS = 12, 3
@@ -87,3 +87,68 @@ def test_a_cache_filled_in_steps_equals_one_causal_pass(cut):
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match=r"12 .* 5"):
         Attention(12, 5)
+
+
+# --- attention pooling
+
+
+def slow_pool(x: np.ndarray, weight: dict[str, np.ndarray], heads: int) -> np.ndarray:
+    """One head at a time, over the real patches alone. x (n, D) -> (D,)."""
+    d = x.shape[1]
+    query, keys, values = weight["query"].reshape(d), x @ weight["key.weight"].T, x @ weight["value.weight"].T
+    pooled = np.zeros(d)
+    for h in range(heads):
+        part = slice(h * d // heads, (h + 1) * d // heads)
+        scores = np.array([query[part] @ key[part] / math.sqrt(d // heads) for key in keys])
+        weights = np.exp(scores - scores.max())
+        pooled[part] = sum(w * value[part] for w, value in zip(weights / weights.sum(), values, strict=True))
+    return weight["proj.weight"] @ pooled + weight["proj.bias"]
+
+
+def random_pool(seed: int) -> AttentionPool:
+    """In float64, with a query and a bias large enough to be seen."""
+    torch.manual_seed(seed)
+    pool = AttentionPool(WIDTH, HEADS).double()
+    for parameter in (pool.query, pool.proj.bias):
+        torch.nn.init.normal_(parameter)
+    return pool
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 7), data=st.data())
+@torch.no_grad()
+def test_attention_pool_against_one_head_at_a_time(n, data):
+    real = data.draw(st.lists(st.lists(st.booleans(), min_size=n, max_size=n).filter(any), min_size=1, max_size=3))
+    pool = random_pool(n)
+    x = torch.randn(len(real), n, WIDTH, dtype=torch.float64)
+    mask = torch.tensor(real)
+    weight = {name: p.numpy() for name, p in pool.named_parameters()}
+    everywhere, masked = pool(x), pool(x, mask)
+    assert torch.equal(masked, pool(x.masked_fill(~mask[..., None], 1e3), mask))  # not a bit of what is no patch
+    for b in range(len(x)):
+        np.testing.assert_allclose(everywhere[b], slow_pool(x[b].numpy(), weight, HEADS), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(masked[b], slow_pool(x[b, mask[b]].numpy(), weight, HEADS), rtol=0, atol=1e-12)
+
+
+def test_attention_pool_has_the_published_parameters():
+    shapes = {name: tuple(p.shape) for name, p in AttentionPool(WIDTH, HEADS).named_parameters()}
+    square = (WIDTH, WIDTH)
+    assert shapes == {
+        "query": (1, 1, WIDTH),
+        "key.weight": square,
+        "value.weight": square,
+        "proj.weight": square,
+        "proj.bias": (WIDTH,),
+    }
+    query = AttentionPool(4096, 1).query
+    assert query.std().item() == pytest.approx(0.02, rel=4 / math.sqrt(2 * 4096))  # 4 deviations of a deviation
+
+
+def test_attention_pool_refuses_other_masks_and_heads():
+    pool, x = AttentionPool(WIDTH, HEADS), torch.zeros(2, 5, WIDTH)
+    with pytest.raises(ValueError, match=r"float32 \(2, 5\): expected torch.bool \(2, 5\)"):
+        pool(x, torch.ones(2, 5))  # SDPA would add it to the scores
+    with pytest.raises(ValueError, match=r"bool \(2, 1, 5, 5\): expected"):
+        pool(x, torch.ones(2, 1, 5, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"12 .* 5"):
+        AttentionPool(12, 5)
