@@ -63,11 +63,14 @@ class TransformConfig:
             raise ValueError(f"std {self.std}: expected positive numbers")
 
 
-def decode_image(data: bytes, *, min_size: int = 32, draft_size: int | None = None) -> Image.Image:
+def decode_image(
+    data: bytes, *, min_size: int = 32, max_aspect: float = MOST_ASPECT, draft_size: int | None = None
+) -> Image.Image:
     """An upright RGB image: transparency over white, 16 bits scaled to 8, the first frame of an animation.
 
     Args:
         min_size: the shortest side allowed, in pixels.
+        max_aspect: the longest side allowed, in shortest ones.
         draft_size: a JPEG may be decoded at 1/2, 1/4 or 1/8, as long as no side gets shorter than this.
 
     Raises:
@@ -80,11 +83,11 @@ def decode_image(data: bytes, *, min_size: int = 32, draft_size: int | None = No
             warnings.simplefilter("ignore")  # of metadata that we don't use
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            _check_size(image.size, min_size)
+            _check_size(image.size, min_size, max_aspect)
             if draft_size is not None:
                 image.draft(image.mode, (draft_size, draft_size))
             image.load()
-            return _upright(_to_rgb(image), _orientation(image))
+            return upright_rgb(image)
     except BadImage:
         raise
     except Image.UnidentifiedImageError:
@@ -95,14 +98,19 @@ def decode_image(data: bytes, *, min_size: int = 32, draft_size: int | None = No
         raise BadImage(f"undecodable ({type(error).__name__})") from None
 
 
-def _check_size(size: tuple[int, int], min_size: int) -> None:
+def _check_size(size: tuple[int, int], min_size: int, max_aspect: float) -> None:
     short, long = sorted(size)
     if short * long > MOST_PIXELS:
         raise BadImage("over 50 megapixels")
     if short < min_size:
         raise BadImage(f"a side under {min_size} pixels")
-    if long > MOST_ASPECT * short:
-        raise BadImage(f"an aspect ratio over {MOST_ASPECT}")
+    if long > max_aspect * short:
+        raise BadImage(f"an aspect ratio over {max_aspect}")
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB, transparency over white, turned as its EXIF orientation says."""
+    return _upright(_to_rgb(image), _orientation(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -144,7 +152,7 @@ def train_transform(image: Image.Image, config: TransformConfig, rng: np.random.
     image = _resize(image, (config.image_size, config.image_size))
     if config.flip > 0 and rng.random() < config.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return normalize(image, config)
+    return normalize(image, config.mean, config.std)
 
 
 def eval_transform(image: Image.Image, config: TransformConfig) -> Tensor:
@@ -156,12 +164,12 @@ def eval_transform(image: Image.Image, config: TransformConfig) -> Tensor:
     else:
         image = _resize(image, (int(size * width / height), size))
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return normalize(image.crop((left, top, left + size, top + size)), config)
+    return normalize(image.crop((left, top, left + size, top + size)), config.mean, config.std)
 
 
 def resize_transform(image: Image.Image, config: TransformConfig) -> Tensor:
     """(3, S, S) float32, normalised: the whole image resized to S x S (bicubic), whatever its aspect ratio."""
-    return normalize(_resize(image, (config.image_size, config.image_size)), config)
+    return normalize(_resize(image, (config.image_size, config.image_size)), config.mean, config.std)
 
 
 def random_crop(
@@ -189,9 +197,9 @@ def random_crop(
     return left, top, left + w, top + h
 
 
-def normalize(image: Image.Image, config: TransformConfig) -> Tensor:
+def normalize(image: Image.Image, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
     """(3, H, W) float32: bytes to [0, 1], minus mean, over std."""
-    mean, std = _statistics(config.mean, config.std)
+    mean, std = _statistics(mean, std)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
