@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aimv2.layers import MLPS, NORMS, Block, init_trunk
-from aimv2.positions import LearnedPositions, SinCosPositions
+from aimv2.positions import InterpolatedPositions, LearnedPositions, SinCosPositions
+
+TABLES = {"learned": LearnedPositions, "interpolated": InterpolatedPositions}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,7 +37,7 @@ class VisionConfig:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        for name, table in (("mlp", MLPS), ("norm", NORMS), ("positions", {"learned", "sincos"})):
+        for name, table in (("mlp", MLPS), ("norm", NORMS), ("positions", {*TABLES, "sincos"})):
             if getattr(self, name) not in table:
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {sorted(table)}")
 
@@ -90,8 +92,8 @@ class VisionEncoder(nn.Module):
         c = self.config = config
         self.patch_embed = nn.Conv2d(3, c.width, c.patch_size, stride=c.patch_size)
         self.patch_norm = NORMS[c.norm](c.width, eps=c.norm_eps)
-        if c.positions == "learned":
-            self.positions = LearnedPositions((c.grid, c.grid), c.width)
+        if c.positions in TABLES:
+            self.positions = TABLES[c.positions]((c.grid, c.grid), c.width)
         else:
             self.positions = SinCosPositions(c.width)
         self.blocks = nn.ModuleList(

@@ -1,147 +1,285 @@
-"""Exported models: a folder with `model.safetensors`, `config.json` and the tokenizer, for eval, `init_from` and users.
+"""Models from wherever they are: `load_encoder` and `load_model`, for files and folders of every layout and the hub.
 
-`config.json` holds what the weights alone don't say:
-
-    format, version     "aimv2" and 1
-    architecture        the objective's class, here "AIMv2"
-    objective           its config, as `aimv2.config.to_json` writes it; `objective.vision` builds the encoder
-    preprocessing       image_size, mean, std, resize and interpolation of the images the model expects
-    tokenizer           {"file", "sha256"}, or null for a model without text
-    metadata            whatever the run wants to be remembered
-
-Weights are named as in our own modules: `encoder.*`, `decoder.*`.
+What a checkpoint is, is told by the names of its weights, and its sizes by their shapes; a config file only adds what
+they don't say (heads, eps, preprocessing). `aimv2.layouts` has the names, `aimv2.exports` writes them.
 """
 
-import hashlib
+import difflib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from aimv2.config import from_json
-from aimv2.data.transforms import TransformConfig
-from aimv2.encoder import VisionConfig, VisionEncoder
-from aimv2.manifest import sync
+from aimv2.data.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from aimv2.encoder import SIZES, VisionConfig, VisionEncoder, vision_config
+from aimv2.exports import CONFIG, PREPROCESSOR, export_architecture, read_export_config
+from aimv2.features import FeatureEncoder, block_numbers
+from aimv2.layouts import Layout, find_lit, find_vision, infer_lit, infer_vision, misfits, to_ours
+from aimv2.lit import LiT, LiTConfig
 from aimv2.objectives.aimv2 import AIMv2, AIMv2Config
+from aimv2.positions import resize_positions
+from aimv2.preprocessing import ProcessorConfig
+from aimv2.processor import Processor
+from aimv2.weights import ModelError, WeightFiles, find_weights
 
-FORMAT, VERSION, ARCHITECTURE = "aimv2", 1, "AIMv2"
-WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.model"
-
-
-class ExportError(ValueError):
-    """An exported model that can't be written or read; the message names the file and what was expected."""
-
-
-def export_model(
-    model: nn.Module | Mapping[str, Tensor],
-    folder: str | Path,
-    *,
-    objective: dict,
-    transform: TransformConfig,
-    tokenizer: str | Path | None = None,
-    metadata: dict | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Path:
-    """Write `model` (or its state dict) to `folder` and return it. One process calls this, with whole weights.
-
-    Written beside it, read back, compared, and renamed into place: an export is complete or absent. An export that is
-    already there is replaced.
-
-    Args:
-        objective: `to_json` of the objective's config.
-        transform: that of the training data; what concerns evaluation is kept.
-        tokenizer: a folder with tokenizer.model, or a model file; copied.
-
-    Raises:
-        ExportError: `folder` exists and is no export, or what was written does not read back the same.
-    """
-    folder = Path(folder)
-    _check_replaceable(folder)
-    state = model.state_dict() if isinstance(model, nn.Module) else model
-    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        temporary.chmod(0o755)  # mkdtemp's folder is for the owner only
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-        config = {
-            "format": FORMAT,
-            "version": VERSION,
-            "architecture": ARCHITECTURE,
-            "objective": objective,
-            "preprocessing": preprocessing(transform),
-            "tokenizer": None if tokenizer is None else _copy_tokenizer(Path(tokenizer), temporary / TOKENIZER),
-            "metadata": metadata or {},
-        }
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        _verify(temporary, weights)
-        _replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def load_model(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> AIMv2:
-    """The whole model of an export, encoder and decoder, in eval mode.
-
-    Raises:
-        ExportError: a missing file, another format, or weights that don't fit; lists all of them.
-    """
-    config = read_export_config(folder)
-    if config["architecture"] != ARCHITECTURE:
-        raise ExportError(f"{folder} holds a model of architecture {config['architecture']!r}, not {ARCHITECTURE!r}")
-    with _Blank(), torch.device("meta"):
-        model = from_json(AIMv2Config, config["objective"]).build()
-    return _load_weights(model, Path(folder) / WEIGHTS, "", dtype, device)
+_RELEASED = [f"{size}-patch14-{pixels}" for size in ("large", "huge", "1B", "3B") for pixels in (224, 336, 448)]
+_RELEASED += [f"large-patch14-{kind}" for kind in ("224-distilled", "336-distilled", "native", "224-lit")]
+_TIMM = [f"{size}_patch14_{pixels}.apple_pt" for size in ("large", "huge", "1b", "3b") for pixels in (224, 336, 448)]
+_TIMM += [f"large_patch14_{pixels}.apple_pt_dist" for pixels in (224, 336)]
+HUB = {  # name -> repository, and the file where it holds several models
+    **{f"aimv2-{name}": (f"apple/aimv2-{name}", None) for name in _RELEASED},
+    **{f"aimv2_{name}": (f"timm/aimv2_{name}", None) for name in _TIMM},
+    **{
+        f"aim-{name}-imgs": ("apple/AIM", f"aim_{name.lower().replace('-', '_')}imgs_attnprobe_backbone.pth")
+        for name in ("600M-2B", "1B-5B", "3B-5B", "7B-5B")
+    },
+}
+_DOWNLOADED = ["*.json", "*.safetensors"]
+_RANDOM = "random:"
 
 
 def load_encoder(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> VisionEncoder:
-    """The vision encoder of an export, in eval mode; the rest of the file is not read. Raises as `load_model`."""
-    config = read_export_config(folder)
-    with _Blank(), torch.device("meta"):
-        encoder = VisionEncoder(from_json(VisionConfig, config["objective"]["vision"]))
-    return _load_weights(encoder, Path(folder) / WEIGHTS, "encoder.", dtype, device)
+    source: str | Path,
+    *,
+    layer: int | Sequence[int] = -1,
+    norm: bool = True,
+    combine: str = "concat",
+    image_size: int | str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    frozen: bool = True,
+    checkpointing: bool = False,
+    revision: str | None = None,
+) -> FeatureEncoder:
+    """A vision encoder, ready to be called with the images that its `.processor` prepares.
+
+    Args:
+        source: a folder or file of weights, of our exports, Apple's releases or trainer, transformers or timm; a name
+            of the hub, as `aimv2-large-patch14-336`, `aimv2_large_patch14_336.apple_pt` or `aim-600M-2B-imgs`, or any
+            `owner/repository`; or `random:large-336` for one without training.
+        layer: the block whose output is taken, from 0, or from the last with negative numbers; or several. Blocks above
+            the highest are neither read nor run.
+        norm: apply the encoder's final norm to it.
+        combine: of several layers: "concat" (along D, in the order given) or "mean".
+        image_size: None: the checkpoint's own. Another number of pixels: learned positions are interpolated once
+            (bicubic, anti-aliased). "native": any size and shape that the patches divide; learned positions are then
+            interpolated for each.
+        dtype: of the weights; None: as stored.
+        frozen: no gradients, and eval mode whatever `train()` is told.
+        checkpointing: recompute each block in the backward pass.
+        revision: branch, tag or commit of a hub repository.
+
+    Raises:
+        ModelError (a ValueError): nothing there, another layout, damaged, or names and shapes that don't fit, all
+            listed.
+    """
+    if str(source).startswith(_RANDOM):
+        stored, processing = _random(str(source))
+    else:
+        checkpoint = open_checkpoint(source, revision=revision, device=device)
+        stored, layout, prefix = checkpoint.vision()
+        processing = checkpoint.processor_config(stored, layout)
+    layers = block_numbers(layer, stored.depth)
+    config = sized(replace(stored, depth=max(layers) + 1, checkpointing=checkpointing), image_size)
+    if str(source).startswith(_RANDOM):
+        encoder = VisionEncoder(config).to(device=device, dtype=dtype)
+    else:
+        encoder = checkpoint.read_vision(config, stored, layout, prefix, dtype)
+    processor = Processor(resized(processing, image_size))
+    return FeatureEncoder(encoder, processor, layers=layers, norm=norm, combine=combine, frozen=frozen)
 
 
-def read_export_config(folder: str | Path) -> dict:
-    """The export's config.json; ExportError if there is none or it is not ours."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ExportError(f"{folder} is not a folder: expected an exported model, with {CONFIG} and {WEIGHTS}")
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ExportError(f"{path} is missing: expected an exported model")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ExportError(f"{path} is not JSON: {error}") from None
-    found = (config.get("format"), config.get("version")) if isinstance(config, dict) else None
-    if found != (FORMAT, VERSION):
-        raise ExportError(f"{path}: (format, version) is {found}, expected {(FORMAT, VERSION)}")
-    return config
+def load_model(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> AIMv2 | LiT | VisionEncoder:
+    """The whole of what a checkpoint holds, in eval mode: AIMv2 with its decoder, LiT, or else the bare encoder.
 
-
-def preprocessing(transform: TransformConfig) -> dict:
-    """What `eval_transform` does to an image, in words and numbers."""
-    return {
-        "image_size": transform.image_size,
-        "mean": list(transform.mean),
-        "std": list(transform.std),
-        "resize": "shortest edge, then centre crop",
-        "interpolation": "bicubic",
+    `source` and errors are those of `load_encoder`.
+    """
+    checkpoint = open_checkpoint(source, revision=revision, device=device)
+    config, names, prefix = checkpoint.whole()
+    model = checkpoint.named(_empty, config)
+    checkpoint.check(_shapes(model), names, prefix)
+    weights = checkpoint.weights
+    state = {
+        name: to_ours(weights, names, name, shape, prefix).to(dtype=dtype) for name, shape in _shapes(model).items()
     }
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def load_processing(source: str | Path, *, revision: str | None = None) -> ProcessorConfig:
+    """The preprocessing of a checkpoint; `source` and errors are those of `load_encoder`."""
+    checkpoint = open_checkpoint(source, revision=revision)
+    vision, layout, _ = checkpoint.vision()
+    return checkpoint.processor_config(vision, layout)
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """Weights, and what lies beside them."""
+
+    path: Path
+    weights: WeightFiles
+    config: dict  # config.json of whichever library, or empty
+    preprocessor: dict | None  # preprocessor_config.json
+
+    @property
+    def is_ours(self) -> bool:
+        return "format" in self.config
+
+    def vision(self) -> tuple[VisionConfig, Layout, str]:
+        """The encoder's config, the layout of its names, and what precedes them."""
+        layout, prefix = self.named(find_vision, self.weights.shapes)
+        if self.is_ours:
+            config = self.named(export_architecture, self.config)
+            return config if isinstance(config, VisionConfig) else config.vision, layout, prefix
+        hints = _hints(self.config.get("vision_config", self.config))
+        return self.named(infer_vision, self.weights.shapes, layout.vision, prefix, hints=hints), layout, prefix
+
+    def read_vision(
+        self, config: VisionConfig, stored: VisionConfig, layout: Layout, prefix: str, dtype: torch.dtype | None
+    ) -> VisionEncoder:
+        """The encoder of `config`, which may have fewer blocks or another grid than the one that is stored."""
+        encoder = self.named(_empty, config)
+        allowed = (prefix + layout.head,) if layout.head else ()
+        self.check(_shapes(_empty(stored)), layout.vision, prefix, allowed)
+        state = {}
+        for name, shape in _shapes(encoder).items():
+            if name == "positions.weight":
+                table = to_ours(self.weights, layout.vision, name, (1, stored.num_patches, stored.width), prefix)
+                tensor = resize_positions(table, (stored.grid, stored.grid), (config.grid, config.grid))
+            else:
+                tensor = to_ours(self.weights, layout.vision, name, shape, prefix)
+            state[name] = tensor.to(dtype=dtype)
+        encoder.load_state_dict(state, assign=True)
+        return encoder
+
+    def whole(self) -> tuple[AIMv2Config | LiTConfig | VisionConfig, dict | None, str]:
+        """The config of all there is, and the names of its weights with what precedes them."""
+        shapes = self.weights.shapes
+        if self.is_ours:
+            return self.named(export_architecture, self.config), None, ""
+        if layout := find_lit(shapes):
+            hints = {f"{tower}_hints": _hints(self.config.get(f"{tower}_config", {})) for tower in ("vision", "text")}
+            return self.named(infer_lit, shapes, layout.lit, **hints), layout.lit, ""
+        config, layout, prefix = self.vision()
+        return config, layout.vision, prefix
+
+    def processor_config(self, vision: VisionConfig, layout: Layout) -> ProcessorConfig:
+        """What the checkpoint itself says; what is known of its origin where it says nothing."""
+        try:
+            if self.is_ours:
+                return ProcessorConfig.from_preprocessing(self.config["preprocessing"], vision.patch_size)
+            if self.preprocessor is not None:
+                return ProcessorConfig.from_transformers(self.preprocessor, vision.patch_size)
+            if "pretrained_cfg" in self.config:
+                return ProcessorConfig.from_timm(self.config["pretrained_cfg"], vision.patch_size)
+        except ValueError as error:
+            raise ModelError(f"{self.path}: preprocessing: {error}") from error
+        return default_processing(vision, layout.name)
+
+    def check(self, expected: dict, names: dict | None, prefix: str, allowed: tuple[str, ...] = ()) -> None:
+        """Raise ModelError with all that is missing, unexpected or of another shape than `expected`."""
+        if problems := misfits(expected, self.weights.shapes, names, prefix, allowed):
+            raise ModelError(f"{self.path} does not fit: {'; '.join(problems)}")
+
+    def named(self, function, *args, **kwargs):
+        """An error of `function` with the file's name."""
+        try:
+            return function(*args, **kwargs)
+        except ValueError as error:
+            raise ModelError(f"{self.path}: {error}") from error
+
+
+def default_processing(vision: VisionConfig, layout: str) -> ProcessorConfig:
+    """For weights without a word about it: AIM v1 and Apple's trainer as AIM evaluates, the rest as on the hub."""
+    as_aim = vision.norm == "layernorm" or layout == "apple-trainer"
+    native = vision.positions == "sincos" and not as_aim
+    return ProcessorConfig(
+        image_size=None if native else vision.image_size,
+        patch_size=vision.patch_size,
+        mean=IMAGENET_MEAN if as_aim else CLIP_MEAN,
+        std=IMAGENET_STD if as_aim else CLIP_STD,
+        resize="native" if native else "shortest_edge",
+        crop_pct=0.875 if as_aim else 1.0,
+    )
+
+
+def sized(config: VisionConfig, image_size: int | str | None) -> VisionConfig:
+    """The encoder for images of another size. Raises ValueError for a size that isn't one."""
+    if image_size == "native":
+        return replace(config, positions="interpolated") if config.positions == "learned" else config
+    if image_size is None:
+        return config
+    if not isinstance(image_size, int) or image_size < 1:
+        raise ValueError(f"image_size {image_size!r}: expected pixels, a multiple of {config.patch_size}, or 'native'")
+    return replace(config, image_size=image_size)
+
+
+def resized(config: ProcessorConfig, image_size: int | str | None) -> ProcessorConfig:
+    """The processor for images of another size; the share that the centre crop keeps stays as it is."""
+    if image_size == "native":
+        return replace(config, image_size=None, resize="native")
+    if image_size is None:
+        return config
+    return replace(
+        config, image_size=image_size, resize="shortest_edge" if config.resize == "native" else config.resize
+    )
+
+
+def open_checkpoint(
+    source: str | Path, *, revision: str | None = None, device: torch.device | str | None = None
+) -> Checkpoint:
+    """Find a checkpoint, downloading it if it is a name of the hub, and open its weights."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        path = download(str(source), revision)
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        if not any(folder.iterdir()):
+            raise ModelError(f"{folder} is an empty folder")
+        path = find_weights(folder)
+    config = _read_json(folder / CONFIG) or {}
+    if "format" in config:
+        config = read_export_config(folder)
+    return Checkpoint(path, WeightFiles(path, device), config, _read_json(folder / PREPROCESSOR))
+
+
+def download(name: str, revision: str | None = None) -> Path:
+    """The folder or file of a hub name in the local cache, downloaded if need be; offline, only from the cache.
+
+    Raises ModelError for a name that is neither a file here nor one of the hub, with the nearest known ones.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    known = {key.lower(): value for key, value in HUB.items()}
+    local = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.exists()
+    if name.lower() not in known and local:
+        near = difflib.get_close_matches(name.rpartition("/")[2], HUB, n=3, cutoff=0.5)
+        hint = f"; names of the hub like it: {', '.join(near)}" if near else ""
+        raise ModelError(f"{name}: no such file or folder{hint}")
+    repository, file = known.get(name.lower(), (name, None))
+    try:
+        if file is not None:
+            return Path(hf_hub_download(repository, file, revision=revision))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_DOWNLOADED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        at = f" at revision {revision}" if revision else ""
+        raise ModelError(
+            f"{name}: no such file or folder here, and {repository}{at} of the hub is neither cached nor to be had "
+            f"({type(error).__name__}: {reason})"
+        ) from error
 
 
 class _Blank(TorchFunctionMode):
@@ -152,74 +290,48 @@ class _Blank(TorchFunctionMode):
         return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **kwargs)
 
 
-def _load_weights(
-    module: nn.Module, path: Path, prefix: str, dtype: torch.dtype | None, device: torch.device | str | None
-) -> nn.Module:
-    """Fill a module on the meta device with the tensors whose names begin with `prefix`."""
+def _empty(config: AIMv2Config | LiTConfig | VisionConfig) -> nn.Module:
+    """The model of a config on the meta device."""
+    kind = {AIMv2Config: AIMv2, LiTConfig: LiT, VisionConfig: VisionEncoder}[type(config)]
+    with _Blank(), torch.device("meta"):
+        return kind(config)
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _random(source: str) -> tuple[VisionConfig, ProcessorConfig]:
+    """Of `random:SIZE`, `random:SIZE-PIXELS` or `random:SIZE-native`."""
+    size, _, pixels = source.removeprefix(_RANDOM).rpartition("-")
+    if not size or not (pixels.isdigit() or pixels == "native"):
+        size, pixels = source.removeprefix(_RANDOM), "224"
+    if size not in SIZES:
+        raise ModelError(f"{source}: expected random:SIZE-PIXELS or random:SIZE-native, SIZE one of {', '.join(SIZES)}")
+    config = vision_config(size, positions="sincos") if pixels == "native" else vision_config(size, int(pixels))
+    return config, default_processing(config, "random")
+
+
+def _hints(config: dict) -> dict:
+    """What the shapes don't tell, from a config of transformers, Apple or timm."""
+    config = config | config.get("model_args", {})
+    names = {
+        "num_attention_heads": "heads",
+        "num_heads": "heads",
+        "rms_norm_eps": "norm_eps",
+        "image_size": "image_size",
+        "eos_token_id": "eos",
+    }
+    return {ours: config[theirs] for theirs, ours in names.items() if isinstance(config.get(theirs), int | float)}
+
+
+def _read_json(path: Path) -> dict | None:
     if not path.is_file():
-        raise ExportError(f"{path} is missing")
-    expected = module.state_dict()
+        return None
     try:
-        with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
-            names = {name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-            shapes = {name: tuple(file.get_slice(prefix + name).get_shape()) for name in names & expected.keys()}
-            problems = [f"{prefix}{name} is missing" for name in expected if name not in names]
-            problems += [f"{prefix}{name} is not a parameter" for name in sorted(names - expected.keys())]
-            problems += [
-                f"{prefix}{name} is {shapes[name]}, expected {tuple(tensor.shape)}"
-                for name, tensor in expected.items()
-                if name in shapes and shapes[name] != tensor.shape
-            ]
-            if problems:
-                raise ExportError(f"{path} does not fit the model of its {CONFIG}: {'; '.join(problems)}")
-            weights = {name: file.get_tensor(prefix + name).to(dtype=dtype) for name in expected}
-    except SafetensorError as error:
-        raise ExportError(f"{path} is damaged: {error}") from error
-    module.load_state_dict(weights, assign=True)
-    return module.eval()
-
-
-def _copy_tokenizer(source: Path, target: Path) -> dict[str, str]:
-    source = source / TOKENIZER if source.is_dir() else source
-    if not source.is_file():
-        raise ExportError(f"no tokenizer at {source}")
-    shutil.copyfile(source, target)
-    return {"file": target.name, "sha256": hashlib.sha256(target.read_bytes()).hexdigest()}
-
-
-def _verify(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Read back what was written, bit for bit: a full disk or a bad one must not pass for an export."""
-    read_export_config(folder)
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        same = set(file.keys()) == set(weights)
-        same = same and all(torch.equal(_bytes(file.get_tensor(name)), _bytes(weights[name])) for name in weights)
-    if not same:
-        raise ExportError(f"{folder / WEIGHTS} does not read back as it was written")
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Only an export or an empty folder may go: a run's own folder has a config.json, too."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists():
-        try:
-            read_export_config(folder)
-        except ExportError as error:
-            raise ExportError(f"{folder} exists and is no exported model to be replaced ({error})") from None
-
-
-def _replace(new: Path, folder: Path) -> None:
-    """Put `new` in the place of `folder`. If a kill comes between the renames, the old one is left beside it."""
-    for path in (*new.iterdir(), new):
-        sync(path)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(new, folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from error
+    if not isinstance(contents, dict):
+        raise ModelError(f"{path}: expected an object, found {type(contents).__name__}")
+    return contents

@@ -1,7 +1,17 @@
 """Positions of patches on their grid: (h, w, device) -> (h*w, D). They check the grid, not the count of patches."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def resize_positions(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """(1, h*w, D) -> (1, h'*w', D): bicubic, anti-aliased where it shrinks, with the corners of the images aligned."""
+    if grid == new_grid:
+        return table
+    image = table.float().unflatten(1, grid).permute(0, 3, 1, 2)  # (1, D, h, w)
+    image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True, align_corners=False)
+    return image.flatten(2).transpose(1, 2).contiguous().to(table.dtype)
 
 
 class LearnedPositions(nn.Module):
@@ -24,6 +34,14 @@ class LearnedPositions(nn.Module):
                 f"{self.grid[0]}x{self.grid[1]}: resize the image, or interpolate the positions when loading"
             )
         return self.weight[0]
+
+
+class InterpolatedPositions(LearnedPositions):
+    """Learned positions of one grid, resized to that of each image: any size at inference, at the table's own cost."""
+
+    def forward(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
+        """(h*w, D), where the parameter lives, for any grid."""
+        return resize_positions(self.weight, self.grid, (height, width))[0]
 
 
 class SinCosPositions(nn.Module):

@@ -35,11 +35,12 @@ from aimv2.engine import (
 from aimv2.evals.predictions import draw_run
 from aimv2.evals.shapes_captions import ShapesCaptions
 from aimv2.evals.validation import ValidationLoss
+from aimv2.exports import export_model
 from aimv2.flops import peak_flops, training_flops
-from aimv2.hub import export_model
 from aimv2.logger import Logger, logging_to
 from aimv2.objectives.aimv2 import AIMv2Config
 from aimv2.optim import OptimConfig
+from aimv2.preprocessing import ProcessorConfig
 
 logger = logging.getLogger(__name__)
 
@@ -229,6 +230,17 @@ def note_skip(engine: Engine, state: TrainState, micro_batches: list[Batch], log
     return in_a_row + 1
 
 
+def processing_of(config: TrainConfig) -> ProcessorConfig:
+    """How the trained encoder expects its images."""
+    transform = config.data.transform
+    return ProcessorConfig(
+        image_size=transform.image_size,
+        patch_size=config.objective.vision.patch_size,
+        mean=transform.mean,
+        std=transform.std,
+    )
+
+
 def finish(config: TrainConfig, engine: Engine) -> None:
     """Export the model and draw what it learned; every rank calls it, for the weights are gathered from all."""
     weights = full_state_dict(engine)
@@ -237,8 +249,8 @@ def finish(config: TrainConfig, engine: Engine) -> None:
         folder = export_model(
             weights,
             Path(config.out) / "export",
-            objective=to_json(config.objective),
-            transform=config.data.transform,
+            config=config.objective,
+            processing=processing_of(config),
             tokenizer=config.data.tokenizer,
             metadata={"steps": config.steps, "images": config.steps * config.engine.batch_size, "seed": config.seed},
         )

@@ -14,8 +14,9 @@ from aimv2.data.tokenizer import Tokenizer
 from aimv2.data.transforms import TransformConfig
 from aimv2.decoder import DecoderConfig
 from aimv2.encoder import VisionConfig
-from aimv2.hub import export_model
+from aimv2.exports import export_model
 from aimv2.objectives.aimv2 import AIMv2Config
+from aimv2.preprocessing import ProcessorConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,8 +54,8 @@ def write_run(folder: Path, shapes: DataConfig) -> Path:
     export_model(
         config.build(),
         folder / "export",
-        objective=to_json(config),
-        transform=shapes.transform,
+        config=config,
+        processing=ProcessorConfig(image_size=48, patch_size=16, mean=shapes.transform.mean, std=shapes.transform.std),
         tokenizer=shapes.tokenizer,
     )
     (folder / "config.json").write_text(json.dumps({"seed": 0, "data": to_json(shapes)}))

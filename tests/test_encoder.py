@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny_models import random_encoder
 
 from aimv2.encoder import SIZES, VisionConfig, VisionEncoder, vision_config
 from aimv2.masks import prefix_mask
@@ -11,16 +12,6 @@ from aimv2.masks import prefix_mask
 V2 = VisionConfig(width=96, depth=3, heads=3, mlp_hidden=256, image_size=56)
 V1 = replace(V2, mlp_hidden=384, mlp="gelu", norm="layernorm", positions="sincos")
 NATIVE = replace(V2, positions="sincos")
-
-
-def random_encoder(config: VisionConfig, seed: int = 0) -> VisionEncoder:
-    """Random norms too: at their initial ones, two of them exchanged would not be seen."""
-    torch.manual_seed(seed)
-    encoder = VisionEncoder(config)
-    for name, parameter in encoder.named_parameters():
-        if "norm" in name or name.endswith("bias"):
-            torch.nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.3)
-    return encoder
 
 
 # --- shapes and sizes

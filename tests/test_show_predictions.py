@@ -51,7 +51,7 @@ def test_a_run_without_validation_data_has_curves_only(run, show, capsys):
 
 def test_what_is_missing_is_one_line(run, show, tmp_path, capsys):
     (run / "export" / "model.safetensors").unlink()
-    for folder, named in ((tmp_path / "nowhere", "nowhere/config.json"), (run, "export/model.safetensors is missing")):
+    for folder, named in ((tmp_path / "nowhere", "nowhere/config.json"), (run, "export: expected model.safetensors")):
         assert show(folder) == 1
         error = capsys.readouterr().err
         assert named in error and len(error.splitlines()) == 1

@@ -20,7 +20,8 @@ from aimv2.data.tokenizer import Tokenizer
 from aimv2.data.transforms import TransformConfig
 from aimv2.evals.curves import draw_losses, save
 from aimv2.evals.harness import at_rest
-from aimv2.hub import TOKENIZER, load_model
+from aimv2.exports import TOKENIZER
+from aimv2.hub import load_model
 from aimv2.masks import prefix_mask
 from aimv2.objectives.aimv2 import AIMv2
 from aimv2.patches import patch_statistics, patchify, unpatchify

@@ -1,0 +1,37 @@
+"""Small models with random weights, for tests of whatever loads, exports and wraps them."""
+
+from dataclasses import replace
+
+import torch
+
+from aimv2.encoder import VisionConfig, VisionEncoder
+from aimv2.lit import LiT, LiTConfig
+from aimv2.text_encoder import TextConfig
+
+V2 = VisionConfig(width=256, depth=3, heads=2, mlp_hidden=352, image_size=56)  # heads of 128, as all published ones
+NATIVE = replace(V2, positions="sincos", image_size=224)
+V1 = replace(NATIVE, mlp_hidden=384, mlp="gelu", norm="layernorm", norm_eps=1e-6)
+LIT = LiTConfig(
+    vision=V2,
+    text=TextConfig(width=128, depth=2, heads=1, mlp_hidden=64, vocab_size=60, context_length=9, eos=59),
+    projection=32,
+    pool_heads=2,
+)
+
+
+def random_encoder(config: VisionConfig, seed: int = 0) -> VisionEncoder:
+    torch.manual_seed(seed)
+    return randomised(VisionEncoder(config)).eval()
+
+
+def random_lit(config: LiTConfig = LIT, seed: int = 0) -> LiT:
+    torch.manual_seed(seed)
+    return randomised(config.build()).eval()
+
+
+def randomised(module: torch.nn.Module) -> torch.nn.Module:
+    """Random norms and biases too: at their initial values, two of them exchanged would not be seen."""
+    for name, parameter in module.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            torch.nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.3)
+    return module
