@@ -125,6 +125,8 @@ def read_export_config(folder: str | Path) -> dict:
     found = (config.get("format"), config.get("version")) if isinstance(config, dict) else None
     if found != (FORMAT, VERSION):
         raise ModelError(f"{path}: (format, version) is {found}, expected {(FORMAT, VERSION)}")
+    if missing := [key for key in ("architecture", "model", "preprocessing") if key not in config]:
+        raise ModelError(f"{path} lacks {', '.join(missing)}")
     return config
 
 

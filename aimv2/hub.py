@@ -116,11 +116,20 @@ def load_model(
     return model.eval()
 
 
-def load_processing(source: str | Path, *, revision: str | None = None) -> ProcessorConfig:
-    """The preprocessing of a checkpoint; `source` and errors are those of `load_encoder`."""
-    checkpoint = open_checkpoint(source, revision=revision)
-    vision, layout, _ = checkpoint.vision()
-    return checkpoint.processor_config(vision, layout)
+def load_configs(
+    source: str | Path, *, image_size: int | str | None = None, revision: str | None = None
+) -> tuple[VisionConfig, ProcessorConfig]:
+    """What `load_encoder` would build and prepare images by, all blocks included, without reading a weight.
+
+    Arguments and errors are `load_encoder`'s.
+    """
+    if str(source).startswith(_RANDOM):
+        vision, processing = _random(str(source))
+    else:
+        checkpoint = open_checkpoint(source, revision=revision)
+        vision, layout, _ = checkpoint.vision()
+        processing = checkpoint.processor_config(vision, layout)
+    return sized(vision, image_size), resized(processing, image_size)
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from aimv2.exports import FORMATS, Card, export_model
-from aimv2.hub import load_model, load_processing
+from aimv2.hub import load_configs, load_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,7 +39,7 @@ def main() -> int:
             model,
             arguments.out,
             config=model.config,
-            processing=load_processing(arguments.source, revision=arguments.revision),
+            processing=load_configs(arguments.source, revision=arguments.revision)[1],
             format=arguments.format,
             dtype=DTYPES.get(arguments.dtype),
             card=Card(

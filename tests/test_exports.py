@@ -125,6 +125,30 @@ def test_transformers_opens_it(tmp_path, config, size):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("format", ["transformers", "timm"])
+def test_bf16_is_no_worse_than_theirs(tmp_path, format):
+    """Distance of bf16 features from a float64 run on the same weights, relative in norm.
+
+    bf16 rounds by up to 2^-9; over the 25 or so roundings in a row of three blocks that is some 1e-2 for anybody. The
+    kernels differ, so that ours may be somewhat further away than theirs, or nearer.
+    """
+    peers = pytest.importorskip(format)
+    encoder = random_encoder(V2).bfloat16()
+    folder = export_model(encoder, tmp_path / "export", config=V2, processing=SQUARE, format=format)
+    images = torch.randn(4, 3, 56, 56).bfloat16()
+    if format == "timm":
+        peer = peers.create_model(f"local-dir:{folder}", pretrained=True).eval().bfloat16()
+        theirs = peer.forward_features(images)
+    else:
+        theirs = peers.AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval()(images).last_hidden_state
+    assert theirs.dtype == torch.bfloat16
+    ours = encoder(images)
+    exact = random_encoder(V2).bfloat16().double()(images.double())
+    error, their_error = (float((f.double() - exact).norm() / exact.norm()) for f in (ours, theirs))
+    assert error < 2e-2 and error < 1.25 * their_error
+
+
+@torch.no_grad()
 def test_transformers_opens_lit(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = random_lit()

@@ -17,7 +17,7 @@ import aimv2
 from aimv2.data.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from aimv2.encoder import VisionEncoder, vision_config
 from aimv2.exports import export_model
-from aimv2.hub import HUB, default_processing, load_encoder, load_model
+from aimv2.hub import HUB, default_processing, load_configs, load_encoder, load_model
 from aimv2.layouts import LAYOUTS, from_ours
 from aimv2.preprocessing import ProcessorConfig
 from aimv2.weights import ModelError
@@ -185,6 +185,34 @@ def test_untrained(source, config):
     assert load_encoder(source, layer=0).config == config
 
 
+@pytest.mark.parametrize("image_size", [None, 84, "native"])
+def test_configs_without_weights(export, image_size):
+    for source, layer in ((export, -1), ("random:base", 11)):
+        loaded = load_encoder(source, layer=layer, image_size=image_size)
+        assert load_configs(source, image_size=image_size) == (loaded.config, loaded.processor.config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["ours", "transformers"])
+def test_weights_are_mapped_and_not_copied(tmp_path, format):
+    """Reading all of them: peak memory under 1.3 of their size, though q, k and v are joined (a quarter copied)."""
+    config = vision_config("base")
+    with torch.device("meta"):
+        size = sum(p.numel() for p in VisionEncoder(config).parameters()) * 4
+    processing = replace(PROCESSING, image_size=224)
+    folder = export_model(VisionEncoder(config), tmp_path / "e", config=config, processing=processing, format=format)
+    code = (
+        "import re, sys, aimv2, aimv2.hub\n"
+        "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "before = peak()\n"
+        "checksum = sum(float(p.sum()) for p in aimv2.load_encoder(sys.argv[1]).parameters())\n"
+        "print(peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True)
+    grown = float(done.stdout)
+    assert grown * 1024 < 1.3 * size
+
+
 # -- The hub -----------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +317,7 @@ def test_config_files_that_cannot_be(load, export):
     for contents, words in (
         (config | {"version": 2}, r"\('aimv2', 2\), expected \('aimv2', 1\)"),
         (config | {"architecture": "CLIP"}, "architecture 'CLIP': expected one of AIMv2, LiT, VisionEncoder"),
+        ({key: config[key] for key in ("format", "version", "model")}, "lacks architecture, preprocessing"),
         ([1], "expected an object, found list"),
     ):
         path.write_text(json.dumps(contents))
