@@ -35,7 +35,7 @@ class FeatureEncoder(nn.Module):
         layers: blocks counted from 0.
         norm: whether the encoder's final norm is applied to what a block puts out; for each layer by itself.
         combine: what becomes of several layers: "concat" along D, in the given order, or their "mean".
-        frozen: no gradients and always in eval mode, whatever `train()` is told.
+        frozen: no gradients, and eval mode whatever `train()` is told, until a parameter is made to require one.
     """
 
     def __init__(
@@ -52,8 +52,13 @@ class FeatureEncoder(nn.Module):
         if combine not in COMBINE:
             raise ValueError(f"combine {combine!r}: expected one of {', '.join(COMBINE)}")
         self.encoder, self.processor = encoder, processor
-        self.layers, self.norm, self.combine, self.frozen = layers, norm, combine, frozen
+        self.layers, self.norm, self.combine = layers, norm, combine
         self.requires_grad_(not frozen).train(not frozen)
+
+    @property
+    def frozen(self) -> bool:
+        """While no parameter requires a gradient: unfreezing one, or adding adapters, ends it."""
+        return not any(parameter.requires_grad for parameter in self.parameters())
 
     @property
     def config(self) -> VisionConfig:

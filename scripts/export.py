@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from aimv2.exports import FORMATS, Card, export_model
-from aimv2.hub import load_configs, load_model
+from aimv2.pretrained import load_configs, load_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -10,8 +10,8 @@ from tiny_models import LIT, V2, random_encoder, random_lit
 
 from aimv2.data.transforms import CLIP_MEAN, CLIP_STD
 from aimv2.exports import export_model
-from aimv2.hub import load_encoder, load_model
 from aimv2.preprocessing import ProcessorConfig
+from aimv2.pretrained import load_encoder, load_model
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "export.py"
 PROCESSING = ProcessorConfig(image_size=56, patch_size=14, mean=CLIP_MEAN, std=CLIP_STD)

@@ -11,9 +11,9 @@ from aimv2.data.transforms import CLIP_MEAN, CLIP_STD
 from aimv2.decoder import DecoderConfig
 from aimv2.encoder import VisionConfig
 from aimv2.exports import FORMATS, Card, export_model, read_export_config
-from aimv2.hub import load_encoder, load_model
 from aimv2.objectives.aimv2 import AIMv2Config
 from aimv2.preprocessing import ProcessorConfig
+from aimv2.pretrained import load_encoder, load_model
 from aimv2.weights import ModelError
 
 CONFIG = AIMv2Config(

@@ -55,6 +55,15 @@ def test_frozen_whatever_train_says():
     assert not frozen(IMAGES.clone().requires_grad_()).requires_grad
 
 
+def test_a_parameter_that_requires_a_gradient_ends_it():
+    """As adapters do that are added to a frozen encoder: their gradient must not be lost in silence."""
+    model = features_of()
+    adapted = model.encoder.blocks[1].mlp.up.weight.requires_grad_()
+    assert not model.frozen and model.train().training
+    model(IMAGES).sum().backward()
+    assert adapted.grad.abs().sum() > 0
+
+
 def test_unfrozen_trains():
     model = features_of(layers=(0, 2), frozen=False)
     assert model.training and not model.eval().training

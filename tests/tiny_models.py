@@ -1,10 +1,13 @@
 """Small models with random weights, for tests of whatever loads, exports and wraps them."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from aimv2.encoder import VisionConfig, VisionEncoder
+from aimv2.layouts import LAYOUTS, from_ours
 from aimv2.lit import LiT, LiTConfig
 from aimv2.text_encoder import TextConfig
 
@@ -35,3 +38,11 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
         if "norm" in name or name.endswith("bias"):
             torch.nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.3)
     return module
+
+
+def write(path: Path, config, layout: str) -> Path:
+    """Bare weights in a layout, without any config file."""
+    state = from_ours(random_encoder(config).state_dict(), LAYOUTS[layout].vision)
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    torch.save(state, path) if path.suffix == ".pth" else save_file(state, path)
+    return path

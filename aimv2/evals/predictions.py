@@ -21,10 +21,10 @@ from aimv2.data.transforms import TransformConfig
 from aimv2.evals.curves import draw_losses, save
 from aimv2.evals.harness import at_rest
 from aimv2.exports import TOKENIZER
-from aimv2.hub import load_model
 from aimv2.masks import prefix_mask
 from aimv2.objectives.aimv2 import AIMv2
 from aimv2.patches import patch_statistics, patchify, unpatchify
+from aimv2.pretrained import load_model
 
 GIVEN = 0.45  # share of the patches; in the shapes worlds the edge then runs through objects, not between them
 HIDDEN = 0.85  # grey of what the prefix does not show

@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 from aimv2.evals.harness import sum_over_ranks
 from aimv2.evals.shapes_captions import ShapesCaptions
 from aimv2.evals.validation import ValidationLoss
-from aimv2.hub import load_model
+from aimv2.pretrained import load_model
 
 
 def test_alone_the_sum_is_the_tensor_itself():
