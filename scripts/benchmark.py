@@ -270,7 +270,7 @@ def benchmark(arguments: argparse.Namespace) -> Iterator[dict]:
         tasks = [
             ("forward", forward, lambda dtype: encoder_subjects(vision, dtype, False, arguments)),
             ("fwd+bwd", 3 * forward, lambda dtype: encoder_subjects(vision, dtype, True, arguments)),
-        ]
+        ][: 1 if arguments.forward_only else 2]
     for dtype in arguments.dtype:
         peak, source = device_peak(dtype, arguments)
         for task, flops, build in tasks:
@@ -317,6 +317,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="on the CPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile, for all alike")
+    parser.add_argument("--forward-only", action="store_true", help="encoder: as at inference, no backward pass")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="of the device, for the MFU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write environment and results there")
     arguments = parser.parse_args()
