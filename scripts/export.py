@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from aimv2.exports import FORMATS, Card, export_model
+from aimv2.objectives.aimv2 import AIMv2
 from aimv2.pretrained import load_configs, load_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,8 +53,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    parameters = sum(p.numel() for p in model.parameters())
-    sys.stderr.write(f"{folder}: {type(model).__name__} of {parameters / 1e6:.1f}M parameters, {arguments.format}\n")
+    written = model.encoder if isinstance(model, AIMv2) and arguments.format != "ours" else model
+    parameters = sum(p.numel() for p in written.parameters())
+    sys.stderr.write(f"{folder}: {type(written).__name__} of {parameters / 1e6:.1f}M parameters, {arguments.format}\n")
     return 0
 
 
