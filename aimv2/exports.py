@@ -24,13 +24,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from aimv2.config import from_json, to_json
-from aimv2.encoder import SIZES, VisionConfig
-from aimv2.layouts import LAYOUTS, from_ours
-from aimv2.lit import LiTConfig
+from aimv2.encoder import SIZES, VisionConfig, VisionEncoder
+from aimv2.features import FeatureEncoder
+from aimv2.layouts import LAYOUTS, from_ours, misfits
+from aimv2.lit import LiT, LiTConfig
 from aimv2.manifest import sync
-from aimv2.objectives.aimv2 import AIMv2Config
+from aimv2.objectives.aimv2 import AIMv2, AIMv2Config
 from aimv2.preprocessing import ProcessorConfig
 from aimv2.weights import SAFETENSORS, ModelError
 
@@ -75,14 +77,17 @@ def export_model(
         dtype: of the weights; None: as they are.
 
     Raises:
-        ModelError: the format has no place for this model, `folder` exists and is no export, or what was written does
-            not read back the same.
+        ModelError: the weights don't fit the config, the format has no place for this model, `folder` exists and is no
+            export, or what was written does not read back the same.
     """
     if format not in FORMATS:
         raise ModelError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
     folder = Path(folder)
     _check_replaceable(folder)
+    model = model.encoder if isinstance(model, FeatureEncoder) else model
     state = dict(model.state_dict() if isinstance(model, nn.Module) else model)
+    if problems := misfits(shapes_of(empty_model(config)), {name: tuple(t.shape) for name, t in state.items()}, None):
+        raise ModelError(f"the weights don't fit the config: {'; '.join(problems)}")
     if format != "ours" and isinstance(config, AIMv2Config):
         state = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
         config = config.vision
@@ -108,6 +113,25 @@ def export_model(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+class _Blank(TorchFunctionMode):
+    """Leaves out `normal_`: on the meta device it fills nothing, but loads torch's compiler, which takes seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **kwargs)
+
+
+def empty_model(config: ModelConfig) -> AIMv2 | LiT | VisionEncoder:
+    """The model of a config on the meta device."""
+    kind = {AIMv2Config: AIMv2, LiTConfig: LiT, VisionConfig: VisionEncoder}[type(config)]
+    with _Blank(), torch.device("meta"):
+        return kind(config)
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def read_export_config(folder: str | Path) -> dict:
@@ -235,6 +259,8 @@ def _timm_config(config: VisionConfig | LiTConfig, processing: ProcessorConfig) 
     if isinstance(config, LiTConfig):
         raise ModelError("timm has no LiT model: export its encoder, or to apple or transformers")
     _refuse_aim(config, "timm")
+    if config.norm_eps != 1e-5:
+        raise ModelError(f"timm's AIMv2 has norm_eps 1e-05, not {config.norm_eps}")
     if config.positions == "sincos":
         raise ModelError(
             "timm's AIMv2 has a table of positions for one size: positions 'sincos' can't be exported to it"
@@ -266,7 +292,7 @@ def _timm_config(config: VisionConfig | LiTConfig, processing: ProcessorConfig) 
             "embed_dim": config.width,
             "depth": config.depth,
             "num_heads": config.heads,
-            "mlp_ratio": config.mlp_hidden / config.width,
+            "mlp_ratio": (config.mlp_hidden + 0.5) / config.width,  # timm cuts the product to an integer
         },
     }
 
@@ -279,6 +305,7 @@ def _refuse_aim(config: VisionConfig, format: str) -> None:
 
 
 _CONFIGS = {"apple": _apple_config, "transformers": _transformers_config, "timm": _timm_config}
+_TAGS = "tags: [aimv2, vision]"  # by which a card of ours is known
 _OPENED = {
     "ours": 'encoder = aimv2.load_encoder("FOLDER")',
     "apple": 'encoder = aimv2.load_encoder("FOLDER")  # or whatever reads Apple\'s names',
@@ -306,7 +333,7 @@ def _card(card: Card, config: ModelConfig, processing: ProcessorConfig, format: 
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
     return (
         f"---\nlibrary_name: {library}\nlicense: {card.licence}\npipeline_tag: image-feature-extraction\n"
-        f"tags: [aimv2, vision]\n---\n\n# {card.name}\n\n| | |\n|---|---|\n{table}\n\n"
+        f"{_TAGS}\n---\n\n# {card.name}\n\n| | |\n|---|---|\n{table}\n\n"
         f"```python\n{_OPENED[format]}\n```\n"
     )
 
@@ -341,9 +368,11 @@ def _check_replaceable(folder: Path) -> None:
     """Only an export or an empty folder may go: a run's own folder has a config.json, too."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not folder.is_dir() or not {CONFIG, SAFETENSORS, CARD} <= {path.name for path in folder.iterdir()}:
+    card = folder / CARD
+    ours = card.is_file() and _TAGS in card.read_text(encoding="utf-8", errors="replace")
+    if not ours or not {CONFIG, SAFETENSORS} <= {path.name for path in folder.iterdir()}:
         raise ModelError(
-            f"{folder} exists and is no exported model to be replaced: it lacks {CONFIG}, {SAFETENSORS} or {CARD}"
+            f"{folder} exists and is no exported model to be replaced: it lacks {CONFIG}, {SAFETENSORS} or our {CARD}"
         )
 
 

@@ -3,7 +3,8 @@
 B images, N patches, D width, L layers chosen.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -20,7 +21,10 @@ def block_numbers(layer: int | Sequence[int], depth: int) -> tuple[int, ...]:
 
     Raises ValueError for a block that is not there, one given twice, or none at all.
     """
-    layers = (layer,) if isinstance(layer, int) else tuple(layer)
+    try:
+        layers = tuple(map(operator.index, layer if isinstance(layer, Iterable) else (layer,)))
+    except TypeError:
+        raise ValueError(f"layer {layer!r}: expected an int or several") from None
     numbers = tuple(number + depth if number < 0 else number for number in layers)
     if not numbers or any(not 0 <= number < depth for number in numbers) or len(set(numbers)) < len(numbers):
         raise ValueError(f"layer {layer}: expected one or several different blocks from {-depth} to {depth - 1}")
@@ -54,6 +58,7 @@ class FeatureEncoder(nn.Module):
         self.encoder, self.processor = encoder, processor
         self.layers, self.norm, self.combine = layers, norm, combine
         self.requires_grad_(not frozen).train(not frozen)
+        encoder.norm.requires_grad_(not frozen and norm)  # unused it gets no gradient, for which DDP would wait
 
     @property
     def frozen(self) -> bool:
@@ -104,7 +109,9 @@ class FeatureEncoder(nn.Module):
         """
         with torch.no_grad() if self.frozen else nullcontext():
             self._check(images, mask)
-            attention = None if mask is None else mask[:, None, None]  # (B, 1, 1, N): keys
+            attention = None
+            if mask is not None:  # where nothing is real all is looked at, since a softmax over nothing is NaN
+                attention = (mask | ~mask.any(dim=1, keepdim=True))[:, None, None]  # (B, 1, 1, N): keys
             top = self.layers == (len(self.encoder.blocks) - 1,) and self.norm
             if top and not output_hidden_states:  # without keeping every block's output
                 features = self.encoder(images, attention)
@@ -119,8 +126,11 @@ class FeatureEncoder(nn.Module):
         return (features, hidden_states) if output_hidden_states else features
 
     def _check(self, images: Tensor, mask: Tensor | None) -> None:
-        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-            raise ValueError(f"images of shape {tuple(images.shape)}: expected (B, 3, H, W), none of them 0")
+        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
+            raise ValueError(
+                f"images of shape {tuple(images.shape)} and {images.dtype}: "
+                "expected floats of shape (B, 3, H, W), none of them 0"
+            )
         if mask is None:
             return
         patches = images.shape[2] // self.patch_size * (images.shape[3] // self.patch_size)

@@ -30,9 +30,9 @@ def download(name: str, revision: str | None = None) -> Path:
 
     known = {key.lower(): value for key, value in HUB.items()}
     local = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.exists()
+    near = difflib.get_close_matches(name.rpartition("/")[2], HUB, n=3, cutoff=0.5)
+    hint = f"; names of the hub like it: {', '.join(near)}" if near else ""
     if name.lower() not in known and local:
-        near = difflib.get_close_matches(name.rpartition("/")[2], HUB, n=3, cutoff=0.5)
-        hint = f"; names of the hub like it: {', '.join(near)}" if near else ""
         raise ModelError(f"{name}: no such file or folder{hint}")
     repository, file = known.get(name.lower(), (name, None))
     try:
@@ -44,5 +44,5 @@ def download(name: str, revision: str | None = None) -> Path:
         at = f" at revision {revision}" if revision else ""
         raise ModelError(
             f"{name}: no such file or folder here, and {repository}{at} of the hub is neither cached nor to be had "
-            f"({type(error).__name__}: {reason})"
+            f"({type(error).__name__}: {reason}){hint}"
         ) from error

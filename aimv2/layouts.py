@@ -74,11 +74,12 @@ _APPLE_LIT: Names = {
     "log_scale": "log_logit_scale",
 }
 _TRAINER_QKV = tuple(f"trunk.blocks.{{}}.attn.{part}_proj" for part in "qkv")
-_TRAINER_VISION: Names = {
-    **_below("", "models.image_encoder.", _APPLE_BLOCKS | {"blocks.{}.attention.qkv": _TRAINER_QKV}),
-    "patch_embed": "models.image_encoder.preprocessor.blocks.0.patchifier.proj",
-    "patch_norm": "models.image_encoder.preprocessor.blocks.0.patchifier.norm",
-    "positions.weight": "models.image_encoder.preprocessor.blocks.0.pos_embed",
+_TRAINER_VISION: Names = {  # below "models.image_encoder.", beside "models.text_decoder."
+    **_APPLE_BLOCKS,
+    "blocks.{}.attention.qkv": _TRAINER_QKV,
+    "patch_embed": "preprocessor.blocks.0.patchifier.proj",
+    "patch_norm": "preprocessor.blocks.0.patchifier.norm",
+    "positions.weight": "preprocessor.blocks.0.pos_embed",
 }
 _TRANSFORMERS_BLOCKS: Names = {
     "blocks.{}.norm1": "encoder.layers.{}.rms_norm1",
@@ -130,7 +131,7 @@ LAYOUTS = {
         Layout("apple", _APPLE_VISION, _APPLE_LIT, head="head."),
         Layout("apple-trainer", _TRAINER_VISION),
         Layout("transformers", _TRANSFORMERS_VISION, _TRANSFORMERS_LIT, head="head."),
-        Layout("timm", _TIMM_VISION),
+        Layout("timm", _TIMM_VISION, head="head."),
     )
 }
 

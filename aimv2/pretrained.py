@@ -12,15 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from aimv2.data.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from aimv2.encoder import SIZES, VisionConfig, VisionEncoder, vision_config
-from aimv2.exports import CONFIG, PREPROCESSOR, export_architecture, read_export_config
+from aimv2.exports import CONFIG, PREPROCESSOR, empty_model, export_architecture, read_export_config, shapes_of
 from aimv2.features import FeatureEncoder, block_numbers
 from aimv2.hub import download
-from aimv2.layouts import Layout, find_lit, find_vision, infer_lit, infer_vision, misfits, to_ours
+from aimv2.layouts import Layout, find_lit, find_vision, infer_lit, infer_vision, misfits, parts, to_ours
 from aimv2.lit import LiT, LiTConfig
 from aimv2.objectives.aimv2 import AIMv2, AIMv2Config
 from aimv2.positions import resize_positions
@@ -66,6 +64,7 @@ def load_encoder(
         ModelError (a ValueError): nothing there, another layout, damaged, or names and shapes that don't fit, all
             listed.
     """
+    _check_dtype(dtype)
     untrained = str(source).startswith(_RANDOM)
     if untrained:
         stored, processing = _random(str(source))
@@ -93,14 +92,15 @@ def load_model(
 ) -> AIMv2 | LiT | VisionEncoder:
     """The whole of what a checkpoint holds, in eval mode: AIMv2 with its decoder, LiT, or else the bare encoder.
 
-    `source` and errors are those of `load_encoder`.
+    A head on top of an encoder is left out. `source`, but for `random:`, and errors are those of `load_encoder`.
     """
+    _check_dtype(dtype)
     checkpoint = open_checkpoint(source, revision=revision, device=device)
-    config, names, prefix = checkpoint.whole()
+    config, names, prefix, allowed = checkpoint.whole()
     with outside_zero_init() as zero_dtype:
-        model = checkpoint.named(_empty, config)
-        shapes, weights = _shapes(model), checkpoint.weights
-        checkpoint.check(shapes, names, prefix)
+        model = checkpoint.named(empty_model, config)
+        shapes, weights = shapes_of(model), checkpoint.weights
+        checkpoint.check(shapes, names, prefix, allowed)
         state = {name: to_ours(weights, names, name, shape, prefix) for name, shape in shapes.items()}
         model.load_state_dict({k: tensor.to(dtype=dtype or zero_dtype) for k, tensor in state.items()}, assign=True)
     return model.eval()
@@ -141,18 +141,24 @@ class Checkpoint:
         if self.is_ours:
             config = self.named(export_architecture, self.config)
             return config if isinstance(config, VisionConfig) else config.vision, layout, prefix
-        hints = _hints(self.config.get("vision_config", self.config))
+        described = self.config.get("vision_config") or self.config
+        width = self.weights.shapes[prefix + parts(layout.vision, "patch_embed.weight")[0]][0]
+        if (other := described.get("hidden_size", width)) != width:
+            raise ModelError(
+                f"{self.path}: the {CONFIG} beside it is another model's, of hidden_size {other}, not {width}"
+            )
+        hints = _hints(described)
         return self.named(infer_vision, self.weights.shapes, layout.vision, prefix, hints=hints), layout, prefix
 
     def read_vision(
         self, config: VisionConfig, stored: VisionConfig, layout: Layout, prefix: str, dtype: torch.dtype | None
     ) -> VisionEncoder:
         """The encoder of `config`, which may have fewer blocks or another grid than the one that is stored."""
-        encoder = self.named(_empty, config)
+        encoder = self.named(empty_model, config)
         allowed = (prefix + layout.head,) if layout.head else ()
-        self.check(_shapes(_empty(stored)), layout.vision, prefix, allowed)
+        self.check(shapes_of(empty_model(stored)), layout.vision, prefix, allowed)
         state = {}
-        for name, shape in _shapes(encoder).items():
+        for name, shape in shapes_of(encoder).items():
             if name == "positions.weight":
                 table = to_ours(self.weights, layout.vision, name, (1, stored.num_patches, stored.width), prefix)
                 tensor = resize_positions(table, (stored.grid, stored.grid), (config.grid, config.grid))
@@ -162,16 +168,16 @@ class Checkpoint:
         encoder.load_state_dict(state, assign=True)
         return encoder
 
-    def whole(self) -> tuple[AIMv2Config | LiTConfig | VisionConfig, dict | None, str]:
-        """The config of all there is, and the names of its weights with what precedes them."""
+    def whole(self) -> tuple[AIMv2Config | LiTConfig | VisionConfig, dict | None, str, tuple[str, ...]]:
+        """The config of all there is, the names of its weights, what precedes them, and what may be there besides."""
         shapes = self.weights.shapes
         if self.is_ours:
-            return self.named(export_architecture, self.config), None, ""
+            return self.named(export_architecture, self.config), None, "", ()
         if layout := find_lit(shapes):
-            hints = {f"{tower}_hints": _hints(self.config.get(f"{tower}_config", {})) for tower in ("vision", "text")}
-            return self.named(infer_lit, shapes, layout.lit, **hints), layout.lit, ""
+            hints = {f"{tower}_hints": _hints(self.config.get(f"{tower}_config") or {}) for tower in ("vision", "text")}
+            return self.named(infer_lit, shapes, layout.lit, **hints), layout.lit, "", ()
         config, layout, prefix = self.vision()
-        return config, layout.vision, prefix
+        return config, layout.vision, prefix, (prefix + layout.head,) if layout.head else ()
 
     def processor_config(self, vision: VisionConfig, layout: Layout) -> ProcessorConfig:
         """What the checkpoint itself says; what is known of its origin where it says nothing."""
@@ -180,7 +186,7 @@ class Checkpoint:
                 return ProcessorConfig.from_preprocessing(self.config["preprocessing"], vision.patch_size)
             if self.preprocessor is not None:
                 return ProcessorConfig.from_transformers(self.preprocessor, vision.patch_size)
-            if "pretrained_cfg" in self.config:
+            if self.config.get("pretrained_cfg"):
                 return ProcessorConfig.from_timm(self.config["pretrained_cfg"], vision.patch_size)
         except ValueError as error:
             raise ModelError(f"{self.path}: preprocessing: {error}") from error
@@ -197,6 +203,11 @@ class Checkpoint:
             return function(*args, **kwargs)
         except ValueError as error:
             raise ModelError(f"{self.path}: {error}") from error
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if not isinstance(dtype, torch.dtype | None):
+        raise ValueError(f"dtype {dtype!r}: expected a torch.dtype, as torch.bfloat16")
 
 
 def default_processing(vision: VisionConfig, layout: str) -> ProcessorConfig:
@@ -253,25 +264,6 @@ def open_checkpoint(
     return Checkpoint(path, WeightFiles(path, device), config, _read_json(folder / PREPROCESSOR))
 
 
-class _Blank(TorchFunctionMode):
-    """Leaves out `normal_`: on the meta device it fills nothing, but loads torch's compiler, which takes seconds."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **kwargs)
-
-
-def _empty(config: AIMv2Config | LiTConfig | VisionConfig) -> nn.Module:
-    """The model of a config on the meta device."""
-    kind = {AIMv2Config: AIMv2, LiTConfig: LiT, VisionConfig: VisionEncoder}[type(config)]
-    with _Blank(), torch.device("meta"):
-        return kind(config)
-
-
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-
-
 def _random(source: str) -> tuple[VisionConfig, ProcessorConfig]:
     """Of `random:SIZE`, `random:SIZE-PIXELS` or `random:SIZE-native`."""
     size, _, pixels = source.removeprefix(_RANDOM).rpartition("-")
@@ -285,7 +277,7 @@ def _random(source: str) -> tuple[VisionConfig, ProcessorConfig]:
 
 def _hints(config: dict) -> dict:
     """What the shapes don't tell, from a config of transformers, Apple or timm."""
-    config = config | config.get("model_args", {})
+    config = config | (config.get("model_args") or {})
     names = {
         "num_attention_heads": "heads",
         "num_heads": "heads",
@@ -293,7 +285,8 @@ def _hints(config: dict) -> dict:
         "image_size": "image_size",
         "eos_token_id": "eos",
     }
-    return {ours: config[theirs] for theirs, ours in names.items() if isinstance(config.get(theirs), int | float)}
+    known = {ours: config[theirs] for theirs, ours in names.items() if isinstance(config.get(theirs), int | float)}
+    return {name: value for name, value in known.items() if value > 0 or name == "eos"}
 
 
 def _read_json(path: Path) -> dict | None:

@@ -51,6 +51,7 @@ class AIMv2VisionTower(nn.Module):
             mm_vision_norm: apply the encoder's final norm to it (default True).
             mm_vision_select_feature: "patch".
             mm_vision_image_size: `load_encoder`'s image_size: None, pixels or "native".
+            mm_vision_checkpointing: recompute each block in the backward pass (default False).
             unfreeze_mm_vision_tower: train it (default False).
         delay_load: read config and preprocessing now, the weights in `load_model`; a tower to be trained is loaded at
             once, since a checkpoint of LLaVA then has its weights.
@@ -74,7 +75,9 @@ class AIMv2VisionTower(nn.Module):
             )
         self.norm = getattr(args, "mm_vision_norm", True)
         self.load_size = getattr(args, "mm_vision_image_size", None)
+        self.checkpointing = bool(getattr(args, "mm_vision_checkpointing", False))
         self.unfreeze = bool(getattr(args, "unfreeze_mm_vision_tower", False))
+        tuned = self.unfreeze or "mm_vision_tower" in (getattr(args, "mm_tunable_parts", None) or "")  # LLaVA-NeXT's
         self.is_loaded = False
         config, processing = load_configs(vision_tower, image_size=self.load_size)
         self.layers = block_numbers(_blocks(self.select_layer), config.depth)
@@ -82,7 +85,7 @@ class AIMv2VisionTower(nn.Module):
             config.width, config.mlp_hidden, config.depth, config.heads, config.image_size, config.patch_size
         )
         self.image_processor = Processor(processing)
-        if not delay_load or self.unfreeze:
+        if not delay_load or tuned:
             self.load_model()
 
     def load_model(self, device_map: str | int | torch.device | dict | None = None) -> None:
@@ -94,6 +97,7 @@ class AIMv2VisionTower(nn.Module):
             layer=self.layers,
             norm=self.norm,
             image_size=self.load_size,
+            checkpointing=self.checkpointing,
             device=_device(device_map),
             frozen=False,  # this module sees to it
         )
@@ -255,7 +259,13 @@ def parameter_groups(tower: nn.Module, lr: float, *, layer_decay: float = 1.0, w
     top = max(block.values(), default=-1)
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in named:
-        below = top - block[name] + 1 if name in block else 0 if name.endswith("encoder.norm.weight") else top + 2
+        below = (
+            top - block[name] + 1
+            if name in block
+            else 0
+            if re.search(r"encoder\.norm\.(weight|bias)$", name)
+            else top + 2
+        )
         decays = not re.search(_NO_DECAY, name)
         group = {"params": [], "lr": lr * layer_decay**below, "weight_decay": weight_decay if decays else 0.0}
         groups.setdefault((below, decays), group)["params"].append(parameter)

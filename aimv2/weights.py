@@ -26,7 +26,7 @@ class WeightFiles:
     """
 
     def __init__(self, path: str | Path, device: torch.device | str | None = None):
-        self.path, self.device = Path(path), str(device or "cpu")
+        self.path, self.device = Path(path), torch.device("cpu" if device is None else device)
         if not self.path.is_file():
             raise ModelError(f"{self.path} is missing")
         self._tensors: Mapping[str, Tensor] = {}
@@ -43,13 +43,12 @@ class WeightFiles:
         }
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._tensors:
-            return self._tensors[name].to(self.device)
-        return self._files[name].get_tensor(name)
+        tensor = self._tensors[name] if name in self._tensors else self._files[name].get_tensor(name)
+        return tensor.to(self.device)
 
     def _open(self, path: Path) -> None:
         try:
-            file = safe_open(path, framework="pt", device=self.device)
+            file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} {_what_is_wrong(path)}: {error}") from error
         self._files |= dict.fromkeys(file.keys(), file)
@@ -78,6 +77,8 @@ def find_weights(folder: Path) -> Path:
     found = sorted(path for path in folder.iterdir() if path.suffix in {".safetensors", *PICKLES})
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
+        if (folder / "export" / SAFETENSORS).is_file():  # a run's folder
+            names += f"; did you mean {folder / 'export'}?"
         raise ModelError(f"{folder}: expected {SAFETENSORS}, {INDEX} or one file of weights; found {names}")
     return found[0]
 

@@ -17,7 +17,7 @@ import torch
 
 from aimv2.exports import FORMATS, Card, export_model
 from aimv2.objectives.aimv2 import AIMv2
-from aimv2.pretrained import load_configs, load_model
+from aimv2.pretrained import load_configs, load_model, open_checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,12 +36,15 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         model = load_model(arguments.source, revision=arguments.revision)
+        checkpoint = open_checkpoint(arguments.source, revision=arguments.revision)
         folder = export_model(
             model,
             arguments.out,
             config=model.config,
             processing=load_configs(arguments.source, revision=arguments.revision)[1],
             format=arguments.format,
+            tokenizer=checkpoint.path.parent if checkpoint.config.get("tokenizer") else None,
+            metadata=checkpoint.config.get("metadata"),
             dtype=DTYPES.get(arguments.dtype),
             card=Card(
                 name=arguments.name or arguments.out.resolve().name,

@@ -1,5 +1,6 @@
 """scripts/export.py, as a user starts it."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -46,6 +47,22 @@ def test_lit_in_another_type(export, tmp_path):
     source = export_model(random_lit(), tmp_path / "source", config=LIT, processing=PROCESSING)
     assert export(source, tmp_path / "out", "--format", "transformers", "--dtype", "bf16")[0] == 0
     assert load_model(tmp_path / "out").text_projection.weight.dtype == torch.bfloat16
+
+
+def test_ours_keeps_everything(export, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    source = export_model(
+        random_encoder(V2),
+        tmp_path / "source",
+        config=V2,
+        processing=PROCESSING,
+        tokenizer=tmp_path / "tokenizer.model",
+        metadata={"step": 7},
+    )
+    assert export(source, tmp_path / "out", "--dtype", "bf16")[0] == 0
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))
+    assert ours == theirs
 
 
 def test_errors_are_one_line(export, tmp_path):

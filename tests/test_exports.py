@@ -1,5 +1,6 @@
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,9 @@ def test_what_a_format_has_no_place_for(tmp_path):
             export_model(random_encoder(V1), config=V1, format=format, **settings)
     with pytest.raises(ModelError, match="positions 'sincos' can't be exported to it"):
         export_model(random_encoder(NATIVE), config=NATIVE, format="timm", **settings)
+    with pytest.raises(ModelError, match=r"norm_eps 1e-05, not 0\.001"):
+        config = replace(V2, norm_eps=1e-3)
+        export_model(random_encoder(config), config=config, format="timm", **settings)
     with pytest.raises(ModelError, match="timm has no LiT model"):
         export_model(random_lit(), config=LIT, format="timm", **settings)
     assert list(tmp_path.iterdir()) == []
@@ -253,6 +257,34 @@ def test_what_reads_back_differently_is_no_export(model, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="does not read back"):
         export_model(model, tmp_path / "export", **SETTINGS)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_somebody_elses_model_is_not_replaced(model, export):
+    """A clone of a hub repository has the same three names."""
+    (export / "README.md").write_text("# Llama")
+    with pytest.raises(ModelError, match="no exported model to be replaced"):
+        export_model(model, export, **SETTINGS)
+
+
+def test_weights_that_do_not_fit_the_config(tmp_path):
+    encoder = random_encoder(V2)
+    with pytest.raises(ModelError, match=r"don't fit the config: blocks\.3\.norm1\.weight is missing"):
+        export_model(encoder, tmp_path / "e", config=replace(V2, depth=4), processing=SQUARE)
+    folder = export_model(encoder, tmp_path / "e", config=V2, processing=SQUARE)
+    again = export_model(load_encoder(folder), tmp_path / "again", config=V2, processing=SQUARE)  # its wrapper left out
+    assert_same_weights(encoder, load_model(again))
+
+
+@torch.no_grad()
+def test_timm_opens_any_width(tmp_path):
+    """Its ratio times the width is cut to an integer: 448 * (1952 / 448) gives 1951."""
+    timm = pytest.importorskip("timm")
+    config = replace(V2, width=448, heads=2, depth=1, mlp_hidden=1952)
+    encoder = random_encoder(config)
+    folder = export_model(encoder, tmp_path / "e", config=config, processing=SQUARE, format="timm")
+    peer = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(1, 3, 56, 56)
+    torch.testing.assert_close(encoder(images), peer.forward_features(images), rtol=0, atol=1e-5)
 
 
 def test_a_folder_that_is_no_export_is_not_replaced(model, tmp_path):

@@ -22,6 +22,12 @@ def test_block_numbers(layer, numbers):
     assert block_numbers(layer, 3) == numbers
 
 
+@pytest.mark.parametrize("layer", ["-1", None, slice(0, 2), 1.0])
+def test_layers_that_are_no_numbers(layer):
+    with pytest.raises(ValueError, match="expected an int or several"):
+        block_numbers(layer, 3)
+
+
 @pytest.mark.parametrize("layer", [3, -4, [], [0, -3], [0, 7]])
 def test_blocks_that_are_not_there(layer):
     with pytest.raises(ValueError, match="from -3 to 2"):
@@ -91,9 +97,9 @@ def test_padded_images_give_what_they_give_alone():
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
-        ((3, 56, 56), "expected (B, 3, H, W)"),
-        ((1, 1, 56, 56), "expected (B, 3, H, W)"),
-        ((0, 3, 56, 56), "expected (B, 3, H, W)"),
+        ((3, 56, 56), "expected floats of shape (B, 3, H, W)"),
+        ((1, 1, 56, 56), "expected floats of shape (B, 3, H, W)"),
+        ((0, 3, 56, 56), "expected floats of shape (B, 3, H, W)"),
         ((1, 3, 57, 56), "multiples of the patch size"),
         ((1, 3, 28, 112), "2x8 patches, but the learned positions are for 4x4"),
     ],
@@ -102,6 +108,39 @@ def test_shapes_that_cannot_be(shape, words):
     with pytest.raises(ValueError) as error:
         features_of()(torch.zeros(shape))
     assert words in str(error.value)
+
+
+def test_bytes_are_no_images():
+    with pytest.raises(ValueError, match=r"torch\.uint8: expected floats"):
+        features_of()(torch.zeros(1, 3, 56, 56, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_image_that_is_all_padding(dtype):
+    """As a dummy sample has it: features of 0, and nobody's gradient is spoilt."""
+    model = features_of(frozen=False).to(dtype)
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    mask[1] = False
+    features = model(IMAGES, mask)
+    assert not features[1].any()
+    features.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_an_unused_norm_is_not_trained():
+    model = features_of(frozen=False, norm=False)
+    model(IMAGES).sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    assert not model.encoder.norm.weight.requires_grad
+
+
+@torch.no_grad()
+def test_hooks_see_what_a_module_put_out():
+    model = features_of()
+    seen = []
+    model.encoder.blocks[0].mlp.register_forward_hook(lambda module, inputs, out: seen.extend([out, out.clone()]))
+    model(IMAGES)
+    assert torch.equal(*seen)
 
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 15, dtype=torch.bool), torch.ones(2, 16), torch.ones(1, 16).bool()])

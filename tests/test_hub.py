@@ -66,6 +66,8 @@ def test_names_that_are_nothing(cache, tmp_path):
         ModelError, match=r"no such file or folder; names of the hub like it: aimv2-large-patch14-224, "
     ):
         load_encoder("aimv2-large-patch14-225")
+    with pytest.raises(ModelError, match="names of the hub like it: aimv2-large-patch14-224, "):
+        load_encoder("apple/aimv2-large-patch14-225")
     with pytest.raises(ModelError, match=r"nowhere: no such file or folder$"):
         load_encoder(tmp_path / "nowhere")
     for source in ("random:gigantic", "random:large-x"):

@@ -42,11 +42,10 @@ APPLE_V1 = """
     trunk.blocks.2.mlp.fc2.weight trunk.blocks.2.norm_1.weight trunk.blocks.2.norm_1.bias
     trunk.blocks.2.norm_2.weight trunk.blocks.2.norm_2.bias
 """
-TRAINER = re.sub(r"(?<!\S)(trunk|preprocessor)", r"models.image_encoder.\1", APPLE_V2)
-TRAINER = TRAINER.replace("preprocessor.", "preprocessor.blocks.0.")
+TRAINER = APPLE_V2.replace("preprocessor.", "preprocessor.blocks.0.")
 TRAINER = TRAINER.replace(
-    "models.image_encoder.trunk.blocks.2.attn.qkv.weight",
-    " ".join(f"models.image_encoder.trunk.blocks.2.attn.{part}_proj.weight" for part in "qkv"),
+    "trunk.blocks.2.attn.qkv.weight",
+    " ".join(f"trunk.blocks.2.attn.{part}_proj.weight" for part in "qkv"),
 )
 
 
@@ -104,6 +103,19 @@ def test_found_inferred_and_brought_back(layout, config, prefix):
     assert infer_vision(shapes_of(theirs), names, prefix, hints={}) == config
     assert misfits(shapes_of(state), shapes_of(theirs), names, prefix) == []
     assert_same({name: to_ours(theirs, names, name, tensor.shape, prefix) for name, tensor in state.items()}, state)
+
+
+def test_a_whole_run_of_apples_trainer():
+    """Its decoder lies beside the encoder; what is strange to the encoder is still told."""
+    names = LAYOUTS["apple-trainer"].vision
+    state = random_encoder(V2).state_dict()
+    theirs = {f"models.image_encoder.{name}": tensor for name, tensor in from_ours(state, names).items()}
+    shapes = shapes_of(theirs) | {"models.text_decoder.trunk.post_trunk_norm.weight": (8,)}
+    layout, prefix = find_vision(shapes)
+    assert (layout.name, prefix) == ("apple-trainer", "models.image_encoder.")
+    assert misfits(shapes_of(state), shapes, names, prefix) == []
+    shapes |= {f"{prefix}cls_token": (1, 1, 256)}
+    assert misfits(shapes_of(state), shapes, names, prefix) == ["models.image_encoder.cls_token is unexpected"]
 
 
 @pytest.mark.parametrize("layout", ["apple", "transformers"])

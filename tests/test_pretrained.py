@@ -83,6 +83,31 @@ def test_a_head_on_top_is_left_alone(tmp_path, encoder):
     state = from_ours(encoder.state_dict(), LAYOUTS["apple"].vision)
     save_file(state | {"head.cls_token": torch.zeros(1, 1, 256)}, tmp_path / "model.safetensors")
     assert torch.equal(load_encoder(tmp_path)(IMAGES), encoder(IMAGES))
+    assert torch.equal(load_model(tmp_path)(IMAGES), encoder(IMAGES))
+
+
+def test_a_config_file_of_another_model(tmp_path):
+    write(tmp_path / "aim.safetensors", V2, "apple")
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 768, "num_attention_heads": 12}))
+    with pytest.raises(ModelError, match="another model's, of hidden_size 768, not 256"):
+        load_encoder(tmp_path / "aim.safetensors")
+    odd = {"hidden_size": 256, "num_attention_heads": 0, "vision_config": None, "model_args": None}
+    (tmp_path / "config.json").write_text(json.dumps(odd | {"pretrained_cfg": None}))
+    assert load_encoder(tmp_path).config == V2
+
+
+def test_a_run_is_not_its_export(tmp_path, export):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=f"found none; did you mean {export}"):
+        load_encoder(tmp_path)
+
+
+def test_devices_and_types_that_are_none(export):
+    with pytest.raises(ValueError, match=r"dtype 'bfloat16': expected a torch\.dtype"):
+        load_encoder(export, dtype="bfloat16")
+    with pytest.raises(RuntimeError, match="gpu"):  # torch's own words
+        load_encoder(export, device="gpu")
+    assert load_encoder(export, device="cpu:0").device.type == "cpu"
 
 
 def test_heads_and_eps_come_from_a_config_file(tmp_path):

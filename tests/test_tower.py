@@ -150,6 +150,14 @@ def test_the_contract_before_and_after_loading(exports):
 
 def test_a_tower_to_be_trained_does_not_wait(exports):
     assert tower_of(exports, delay_load=True, unfreeze_mm_vision_tower=True).is_loaded
+    tower = tower_of(exports, delay_load=True, mm_tunable_parts="mm_vision_tower,mm_mlp_adapter")  # LLaVA-NeXT's way
+    assert tower.is_loaded and tower.frozen  # which thaws it by itself
+    assert not tower_of(exports, delay_load=True, mm_tunable_parts="mm_mlp_adapter").is_loaded
+
+
+def test_checkpointing_is_passed_on(exports):
+    tower = tower_of(exports, unfreeze_mm_vision_tower=True, mm_vision_checkpointing=True)
+    assert tower.vision_tower.config.checkpointing
 
 
 def test_llava_next_names_its_second_argument(exports):
