@@ -100,6 +100,8 @@ class Processor:
         values = {} if name == "config" or name.startswith("_") else self.config.to_transformers()
         if name not in values:
             raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        if name == "size":  # LLaVA-NeXT reads the shortest edge, also where a whole image becomes a square
+            return values[name] | {"shortest_edge": self.config.resize_size}
         return values[name]
 
     def __repr__(self) -> str:

@@ -431,3 +431,10 @@ def test_processors_are_copied_and_sent_to_workers():
     processor = Processor(SQUARE)
     for other in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
         assert other.config == SQUARE and repr(other) == repr(processor)
+
+
+def test_llava_next_finds_the_shortest_edge_of_a_squashed_image():
+    config = ProcessorConfig(
+        image_size=56, patch_size=14, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize="squash", crop_pct=0.5
+    )
+    assert Processor(config).size == {"height": 112, "width": 112, "shortest_edge": 112}
