@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_models import random_encoder
+from tiny_models import random_encoder, to_transformers
 
 from aimv2.encoder import SIZES, VisionConfig, VisionEncoder, vision_config
 from aimv2.masks import prefix_mask
@@ -114,30 +114,6 @@ def test_learned_positions_refuse_another_grid(size):
 
 
 # --- independent implementations
-
-
-def to_transformers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    names = {
-        "patch_embed.": "embeddings.patch_embed.",
-        "patch_norm.": "embeddings.rms_norm.",
-        "positions.": "embeddings.position_embedding.",
-        "blocks.": "encoder.layers.",
-        "norm.": "rms_norm.",
-    }
-    parts = {"norm1": "rms_norm1", "norm2": "rms_norm2", "attention.proj": "attention.out_proj"}
-    parts |= {f"mlp.{name}": f"ffn.{name}_proj" for name in ("gate", "up", "down")}
-    out = {}
-    for key, value in state.items():
-        prefix = next(p for p in names if key.startswith(p))
-        key = names[prefix] + key.removeprefix(prefix)
-        if "attention.qkv" in key:
-            for name, part in zip("qkv", value.chunk(3), strict=True):
-                out[key.replace("qkv", f"{name}_proj")] = part
-            continue
-        for ours, theirs in parts.items():
-            key = key.replace(f".{ours}.", f".{theirs}.")
-        out[key] = value[0] if key.startswith("embeddings.position") else value
-    return out
 
 
 def assert_same_features(ours, theirs):

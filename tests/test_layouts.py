@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_encoder import to_transformers
 from test_lit import lit_to_transformers
-from tiny_models import LIT, NATIVE, V1, V2, random_encoder, random_lit
+from tiny_models import LIT, NATIVE, V1, V2, random_encoder, random_lit, to_transformers
 
 from aimv2.encoder import SIZES, VisionEncoder, vision_config
 from aimv2.layouts import (

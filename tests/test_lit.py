@@ -4,8 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_encoder import to_transformers
-from test_text_encoder import peer_config, text_to_transformers
+from test_text_encoder import peer_config
+from tiny_models import to_transformers
 
 from aimv2.config import from_json, to_json
 from aimv2.encoder import VisionConfig, vision_config
@@ -40,7 +40,7 @@ def random_images(count: int = 2, height: int = 56, width: int = 56) -> torch.Te
 def lit_to_transformers(model: LiT) -> dict[str, torch.Tensor]:
     """The state dict of `Aimv2Model`."""
     state = {f"vision_model.{key}": value for key, value in to_transformers(model.encoder.state_dict()).items()}
-    text = text_to_transformers(model.text_encoder.state_dict())
+    text = to_transformers(model.text_encoder.state_dict())
     state |= {f"text_model.{key}": value for key, value in text.items()}
     names = {"query": "cls_token", "key": "k_proj", "value": "v_proj", "proj": "output_proj"}
     for key, value in model.pool.state_dict().items():

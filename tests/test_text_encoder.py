@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import to_transformers
 
 from aimv2.text_encoder import TextConfig, TextEncoder
 
@@ -41,30 +42,6 @@ def batch_of(captions: list[torch.Tensor], pad: int, length: int = CONTEXT) -> t
 # --- transformers
 
 
-def text_to_transformers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Keys of `Aimv2TextModel` for those of `TextEncoder`."""
-    names = {
-        "tokens.": "embeddings.token_embedding.",
-        "positions": "embeddings.position_embedding.weight",
-        "blocks.": "encoder.layers.",
-        "norm.": "rms_norm.",
-    }
-    parts = {"norm1": "rms_norm1", "norm2": "rms_norm2", "attention.proj": "attention.out_proj"}
-    parts |= {f"mlp.{name}": f"ffn.{name}_proj" for name in ("gate", "up", "down")}
-    out = {}
-    for key, value in state.items():
-        prefix = next(p for p in names if key.startswith(p))
-        key = names[prefix] + key.removeprefix(prefix)
-        for ours, theirs in parts.items():
-            key = key.replace(f".{ours}.", f".{theirs}.")
-        if "attention.qkv" in key:
-            for name, part in zip("qkv", value.chunk(3), strict=True):
-                out[key.replace("qkv", f"{name}_proj")] = part
-        else:
-            out[key] = value
-    return out
-
-
 def peer_config(transformers, config: TextConfig):
     return transformers.Aimv2TextConfig(
         hidden_size=config.width,
@@ -81,7 +58,7 @@ def peer_of(encoder: TextEncoder, attention: str):
     transformers = pytest.importorskip("transformers")
     peer = transformers.Aimv2TextModel(peer_config(transformers, encoder.config)).eval()
     peer.set_attn_implementation(attention)
-    peer.load_state_dict(text_to_transformers(encoder.state_dict()))
+    peer.load_state_dict(to_transformers(encoder.state_dict()))
     return peer
 
 
@@ -208,7 +185,7 @@ def test_parameter_count():
     transformers = pytest.importorskip("transformers")
     with torch.device("meta"):
         peer = transformers.Aimv2TextModel(transformers.Aimv2TextConfig())
-    shapes = {key: value.shape for key, value in text_to_transformers(encoder.state_dict()).items()}
+    shapes = {key: value.shape for key, value in to_transformers(encoder.state_dict()).items()}
     assert shapes == {key: value.shape for key, value in peer.state_dict().items()}
 
 

@@ -46,3 +46,30 @@ def write(path: Path, config, layout: str) -> Path:
     state = {name: tensor.contiguous() for name, tensor in state.items()}
     torch.save(state, path) if path.suffix == ".pth" else save_file(state, path)
     return path
+
+
+def to_transformers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Keys of `Aimv2VisionModel` or `Aimv2TextModel`, by hand."""
+    names = {
+        "tokens.": "embeddings.token_embedding.",
+        "patch_embed.": "embeddings.patch_embed.",
+        "patch_norm.": "embeddings.rms_norm.",
+        "positions.": "embeddings.position_embedding.",
+        "positions": "embeddings.position_embedding.weight",
+        "blocks.": "encoder.layers.",
+        "norm.": "rms_norm.",
+    }
+    parts = {"norm1": "rms_norm1", "norm2": "rms_norm2", "attention.proj": "attention.out_proj"}
+    parts |= {f"mlp.{name}": f"ffn.{name}_proj" for name in ("gate", "up", "down")}
+    out = {}
+    for key, value in state.items():
+        prefix = next(p for p in names if key.startswith(p))
+        key = names[prefix] + key.removeprefix(prefix)
+        if "attention.qkv" in key:
+            for name, part in zip("qkv", value.chunk(3), strict=True):
+                out[key.replace("qkv", f"{name}_proj")] = part
+            continue
+        for ours, theirs in parts.items():
+            key = key.replace(f".{ours}.", f".{theirs}.")
+        out[key] = value[0] if value.ndim == 3 else value
+    return out
