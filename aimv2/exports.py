@@ -162,12 +162,15 @@ def export_architecture(config: Mapping) -> ModelConfig:
     return from_json(ARCHITECTURES[config["architecture"]], config["model"])
 
 
+def _name_of(config: ModelConfig) -> str:
+    return next(name for name, kind in ARCHITECTURES.items() if isinstance(config, kind))
+
+
 def _our_config(config: ModelConfig, processing: ProcessorConfig) -> dict:
-    architecture = next(name for name, kind in ARCHITECTURES.items() if isinstance(config, kind))
     return {
         "format": FORMAT,
         "version": VERSION,
-        "architecture": architecture,
+        "architecture": _name_of(config),
         "model": to_json(config),
         "preprocessing": processing.to_preprocessing(),
     }
@@ -317,11 +320,10 @@ _OPENED = {
 def _card(card: Card, config: ModelConfig, processing: ProcessorConfig, format: str) -> str:
     """A model card with the hub's header."""
     vision = config if isinstance(config, VisionConfig) else config.vision
-    kind = next(name for name, known in ARCHITECTURES.items() if isinstance(config, known))
     library = {"transformers": "transformers", "timm": "timm"}.get(format, "aimv2")
     size = "any size" if processing.image_size is None else f"{processing.image_size} px"
     rows = {
-        "architecture": f"{kind}: {vision.depth} blocks of width {vision.width}, {vision.heads} heads, "
+        "architecture": f"{_name_of(config)}: {vision.depth} blocks of width {vision.width}, {vision.heads} heads, "
         f"{vision.mlp} {vision.mlp_hidden}, {vision.norm}, patches of {vision.patch_size} px, no CLS token",
         "positions": f"{vision.positions}, for {vision.image_size} px",
         "preprocessing": f"{size}, {processing.to_preprocessing()['resize']}, {processing.interpolation}, "

@@ -95,15 +95,7 @@ def load_model(
     A head on top of an encoder is left out. `source`, but for `random:`, and errors are those of `load_encoder`.
     """
     _check_dtype(dtype)
-    checkpoint = open_checkpoint(source, revision=revision, device=device)
-    config, names, prefix, allowed = checkpoint.whole()
-    with outside_zero_init() as zero_dtype:
-        model = checkpoint.named(empty_model, config)
-        shapes, weights = shapes_of(model), checkpoint.weights
-        checkpoint.check(shapes, names, prefix, allowed)
-        state = {name: to_ours(weights, names, name, shape, prefix) for name, shape in shapes.items()}
-        model.load_state_dict({k: tensor.to(dtype=dtype or zero_dtype) for k, tensor in state.items()}, assign=True)
-    return model.eval()
+    return open_checkpoint(source, revision=revision, device=device).read_whole(dtype)
 
 
 def load_configs(
@@ -178,6 +170,17 @@ class Checkpoint:
             return self.named(infer_lit, shapes, layout.lit, **hints), layout.lit, "", ()
         config, layout, prefix = self.vision()
         return config, layout.vision, prefix, (prefix + layout.head,) if layout.head else ()
+
+    def read_whole(self, dtype: torch.dtype | None = None) -> AIMv2 | LiT | VisionEncoder:
+        """The model of `whole`, in eval mode."""
+        config, names, prefix, allowed = self.whole()
+        with outside_zero_init() as zero_dtype:
+            model = self.named(empty_model, config)
+            shapes, weights = shapes_of(model), self.weights
+            self.check(shapes, names, prefix, allowed)
+            state = {name: to_ours(weights, names, name, shape, prefix) for name, shape in shapes.items()}
+            model.load_state_dict({k: tensor.to(dtype=dtype or zero_dtype) for k, tensor in state.items()}, assign=True)
+        return model.eval()
 
     def processor_config(self, vision: VisionConfig, layout: Layout) -> ProcessorConfig:
         """What the checkpoint itself says; what is known of its origin where it says nothing."""

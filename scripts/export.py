@@ -17,7 +17,7 @@ import torch
 
 from aimv2.exports import FORMATS, Card, export_model
 from aimv2.objectives.aimv2 import AIMv2
-from aimv2.pretrained import load_configs, load_model, open_checkpoint
+from aimv2.pretrained import open_checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,13 +35,14 @@ def main() -> int:
     parser.add_argument("--recipe", default="not stated", help="how it was trained, for the model card")
     arguments = parser.parse_args()
     try:
-        model = load_model(arguments.source, revision=arguments.revision)
         checkpoint = open_checkpoint(arguments.source, revision=arguments.revision)
+        model = checkpoint.read_whole()
+        vision, layout, _ = checkpoint.vision()
         folder = export_model(
             model,
             arguments.out,
             config=model.config,
-            processing=load_configs(arguments.source, revision=arguments.revision)[1],
+            processing=checkpoint.processor_config(vision, layout),
             format=arguments.format,
             tokenizer=checkpoint.path.parent if checkpoint.config.get("tokenizer") else None,
             metadata=checkpoint.config.get("metadata"),
