@@ -108,9 +108,11 @@ def save(
 
 
 def restore(
-    engine: Any, folder: str | Path, *, fingerprints: dict[str, str], allow: Collection[str] = ()
+    engine: Any, folder: str | Path, *, fingerprints: Callable[[int], dict[str, str]], allow: Collection[str] = ()
 ) -> TrainState | None:
     """Loads the newest checkpoint that verifies into `engine` and the random number generators; None if there is none.
+
+    `fingerprints` gives those of a run that has consumed so many samples.
 
     Damaged newer ones are reported and moved aside. Raises CheckpointError, on all ranks, if there are checkpoints and
     none verifies, if a fingerprint differs whose key is not in `allow`, or if it was written by another number of
@@ -121,7 +123,8 @@ def restore(
     if chosen is None:
         return None
     name, contents = chosen
-    _together(partial(_check, name, contents, _zero_stage(engine), fingerprints, allow))
+    current = fingerprints(contents["state"]["sample"])
+    _together(partial(_check, name, contents, _zero_stage(engine), current, allow))
     _together(partial(_load, engine, checkpoints / name))
     if _rank() == 0:
         LOG.info("going on from %s", checkpoints / name)

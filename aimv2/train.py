@@ -14,7 +14,9 @@ from tqdm import tqdm
 from aimv2.checkpoint import TrainState, restore, save
 from aimv2.config import ConfigError, compare_configs, to_json
 from aimv2.data.batch import Batch
-from aimv2.data.loader import DataConfig, fingerprint, train_loader
+from aimv2.data.fingerprints import DataFingerprints
+from aimv2.data.loader import DataConfig, train_loader
+from aimv2.data.remote import RemoteFiles
 from aimv2.data.shapes import is_written, write_shards
 from aimv2.data.shards import ensure_indices, expand_shards
 from aimv2.data.tokenizer import Tokenizer
@@ -45,7 +47,9 @@ from aimv2.preprocessing import ProcessorConfig
 logger = logging.getLogger(__name__)
 
 MOST_SKIPPED_IN_A_ROW = 5
-MAY_CHANGE_ON_RESUME = {"out", "steps", "save_every", "keep", "log_every", "wandb", "evals", "data.workers"}
+# The checkpoint's fingerprints say whether the data before it are the same; those after it may be others.
+MAY_CHANGE_ON_RESUME = {"out", "steps", "save_every", "keep", "log_every", "wandb", "evals"}
+MAY_CHANGE_ON_RESUME |= {f"data.{name}" for name in ("workers", "train", "changes", "remote")}
 
 
 class TrainingError(RuntimeError):
@@ -102,7 +106,8 @@ def prepare_data(config: DataConfig) -> None:
         with tqdm(total=recipe.train + recipe.validation, unit="image") as bar:
             write_shards(recipe, workers=os.cpu_count(), progress=bar.update)
     sources = [*config.train, *([config.validation] if config.validation else [])]
-    ensure_indices(shard for source in sources for shard in expand_shards(source.shards))
+    remote = RemoteFiles(config.remote) if config.remote else None
+    ensure_indices(shard for source in sources for shard in expand_shards(source.shards, remote))
 
 
 def prepare_run(config: TrainConfig) -> None:
@@ -155,8 +160,8 @@ def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Trai
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(config.seed)
     engine = build_engine(config.objective.build(), config.optim, config.engine)
-    fingerprints = {"data": fingerprint(config.data), "tokenizer": tokenizer.fingerprint}
-    state = restore(engine, config.out, fingerprints=fingerprints) or TrainState()
+    fingerprints = DataFingerprints(config.data, tokenizer)
+    state = restore(engine, config.out, fingerprints=fingerprints.before) or TrainState()
     keyed = {"patch_size": config.objective.vision.patch_size, "seed": config.seed}
     keyed |= {"rank": rank, "world_size": world_size}
     loader = train_loader(config.data, micro_batch=config.engine.micro_batch, start=state.sample, **keyed)
@@ -188,7 +193,8 @@ def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Trai
             if stop or due(state.step, config.save_every, config.steps):
                 with log.paused():
                     state.log = log.pending()
-                    save(engine, state, config.out, config=to_json(config), fingerprints=fingerprints, keep=config.keep)
+                    known = fingerprints.before(state.sample)
+                    save(engine, state, config.out, config=to_json(config), fingerprints=known, keep=config.keep)
             if stop:
                 log.message(f"told to stop after step {state.step}; the same command goes on from the last checkpoint")
                 return state

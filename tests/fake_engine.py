@@ -106,9 +106,9 @@ def names(folder):
     return sorted(path.name for path in (Path(folder) / "checkpoints").iterdir())
 
 
-def resume(folder, kind=Engine, **changes):
+def resume(folder, kind=Engine, fingerprints=FINGERPRINTS, **changes):
     engine = kind()
-    return engine, restore(engine, folder, **{"fingerprints": FINGERPRINTS, **changes})
+    return engine, restore(engine, folder, fingerprints=lambda sample: fingerprints, **changes)
 
 
 def two_steps(folder):

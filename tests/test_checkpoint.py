@@ -64,7 +64,7 @@ def test_the_manifest_tells_what_was_run(run):
 def test_frozen_parameters_are_left_out_and_not_asked_for(tmp_path):
     engine = Engine(frozen=True)
     commit(engine, tmp_path, 1)
-    restore(engine, tmp_path, fingerprints=FINGERPRINTS)
+    restore(engine, tmp_path, fingerprints=lambda sample: FINGERPRINTS)
     assert engine.calls == [
         {"save_latest": False, "exclude_frozen_parameters": True},
         {"load_module_strict": False},
@@ -99,6 +99,12 @@ def test_what_changed_is_named(run):
         resume(folder, fingerprints={**FINGERPRINTS, "mixture": "m"})
     with pytest.raises(CheckpointError, match="the tokenizer changed: saved t1, now None"):
         resume(folder, fingerprints={"data": "d1"})
+
+
+def test_fingerprints_are_asked_for_the_samples_consumed(run):
+    asked = []
+    restore(Engine(), run[0], fingerprints=lambda sample: asked.append(sample) or FINGERPRINTS)
+    assert asked == [16]  # step 2, 8 a step
 
 
 def test_another_number_of_ranks_is_refused_with_advice(run, monkeypatch):

@@ -4,7 +4,6 @@ g is the global sample number, B the micro-batch, N the patches of an image.
 """
 
 import atexit
-import hashlib
 import itertools
 import logging
 import multiprocessing
@@ -15,15 +14,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from aimv2.data.batch import Batch
-from aimv2.data.mixture import Source
+from aimv2.data.mixture import MixtureChange, Source, weights_over_time
+from aimv2.data.remote import RemoteConfig
 from aimv2.data.samples import Samples
 from aimv2.data.shapes import ShapesRecipe
-from aimv2.data.shards import ShardError, Shards, expand_shards
+from aimv2.data.tar import ShardError
 from aimv2.data.tokenizer import Tokenizer
 from aimv2.data.transforms import TransformConfig
 
@@ -37,7 +36,9 @@ class DataConfig:
     """What a run is trained and validated on."""
 
     train: list[Source]
+    changes: list[MixtureChange] = field(default_factory=list)  # of the weights, in mid-run
     validation: Source | None = None
+    remote: RemoteConfig | None = None  # what may be read from elsewhere; None: local files only
     tokenizer: str  # path
     transform: TransformConfig = field(default_factory=TransformConfig)
     context_length: int = 77  # most tokens of a caption, EOS included
@@ -48,6 +49,7 @@ class DataConfig:
     def __post_init__(self):
         if not self.train:
             raise ValueError("train is empty: expected at least one source")
+        weights_over_time(self.train, self.changes)
         if self.context_length < 1 or self.workers < 0:
             raise ValueError(
                 f"context_length {self.context_length} and workers {self.workers}: expected at least 1 and 0"
@@ -113,7 +115,7 @@ def train_loader(
         ShardError: a shard or its index is missing, or they disagree (see `shards.ensure_indices`).
         ValueError: the image size is not a multiple of the patch size.
     """
-    samples = _samples(config, config.train, patch_size=patch_size, seed=seed, training=True)
+    samples = _samples(config, config.train, changes=config.changes, patch_size=patch_size, seed=seed, training=True)
     order = _TrainOrder(micro_batch=micro_batch, start=start, rank=rank, world_size=world_size)
     return _loader(samples, order, config.workers)
 
@@ -145,6 +147,7 @@ def _samples(config: DataConfig, sources: list[Source], **place) -> Samples:
         Tokenizer(config.tokenizer),
         context_length=config.context_length,
         pad_text_to_context=config.pad_text_to_context,
+        remote=config.remote,
         **place,
     )
 
@@ -172,14 +175,3 @@ def _start_worker(leaving, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
     torch.set_num_threads(1)
-
-
-def fingerprint(config: DataConfig) -> str:
-    """sha256 of all that decides the training samples but the seed. A resumed run must have the same."""
-    sources = []
-    for source in config.train:
-        shards = Shards(expand_shards(source.shards))
-        files = [(path.name, path.stat().st_size) for path in shards.paths]
-        sources.append((source.name, source.weight, source.captions, len(shards), files, shards.digests))
-    probe = np.random.default_rng(0).permutation(16).tolist()  # a numpy that shuffles differently changes the order
-    return hashlib.sha256(repr((sources, config.transform, config.context_length, probe)).encode()).hexdigest()

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aimv2.data.batch import Batch, Replaced
-from aimv2.data.mixture import Mixture, Source
+from aimv2.data.mixture import Mixture, MixtureChange, Source, weights_over_time
+from aimv2.data.remote import RemoteConfig, RemoteFiles
 from aimv2.data.shards import IMAGE_EXTENSIONS, DamagedMember, Sample, ShardError, Shards, expand_shards
 from aimv2.data.tokenizer import Tokenizer
 from aimv2.data.transforms import (
@@ -50,6 +51,8 @@ class Samples(Dataset):
         sources: mixed by weight and shuffled for training; a single one, in its own order, otherwise.
         training: random crop, flip and caption; else the whole image or its centre, and the first caption. The two
             never share random numbers.
+        changes: of the mixture, in training.
+        remote: what may be read from elsewhere.
 
     Raises:
         ShardError: a shard or its index is missing, or they disagree.
@@ -67,6 +70,8 @@ class Samples(Dataset):
         patch_size: int,
         seed: int,
         training: bool,
+        changes: Sequence[MixtureChange] = (),
+        remote: RemoteConfig | None = None,
     ):
         if transform.image_size % patch_size:
             raise ValueError(
@@ -82,8 +87,10 @@ class Samples(Dataset):
         self.sources, self.transform, self.tokenizer = list(sources), transform, tokenizer
         self.context_length, self.pad_text_to_context = context_length, pad_text_to_context
         self.seed, self.training = seed, training
-        self.shards = [Shards(expand_shards(s.shards), _extensions(s)) for s in sources]
-        self.mixture = Mixture([len(s) for s in self.shards], [s.weight for s in sources], seed)
+        files = RemoteFiles(remote) if remote else None
+        self.shards = [Shards(expand_shards(s.shards, files), _extensions(s), files) for s in sources]
+        (_, weights), *changed = weights_over_time(sources, changes)
+        self.mixture = Mixture([len(s) for s in self.shards], weights, seed, changed)
         self._draft_size = draft_size(transform) if training else None
 
     def __getitem__(self, g: int) -> Example:
@@ -137,7 +144,7 @@ class Samples(Dataset):
         sample = self.shards[source][number]
         if sample.image is None:
             raise BadImage("no image")
-        captions = _captions(sample, self.sources[source].captions)
+        captions = _choose(sample, self.sources[source].caption_shares, rng if self.training else None)
         caption = captions[int(rng.integers(len(captions)))] if self.training else captions[0]
         text = self.tokenizer.encode(caption, self.context_length)
         image = decode_image(sample.image, min_size=self.transform.min_size, draft_size=self._draft_size)
@@ -149,13 +156,34 @@ class Samples(Dataset):
 
 def _extensions(source: Source) -> tuple[str, ...]:
     """The members that the source's samples are made of."""
-    return (*IMAGE_EXTENSIONS, source.captions.partition(":")[0]) if source.captions else IMAGE_EXTENSIONS
+    return (*IMAGE_EXTENSIONS, *{where.partition(":")[0] for where in source.caption_shares})
 
 
-def _captions(sample: Sample, where: str | None) -> Sequence[str | bytes]:
-    """At least one; "" for a source of images only."""
-    if where is None:
+def _choose(sample: Sample, shares: dict[str, float], rng: np.random.Generator | None) -> Sequence[str | bytes]:
+    """The captions of one of several places, drawn by its share among those that the sample has; the first without rng.
+
+    Raises:
+        BadCaption: it has none of them.
+    """
+    if not shares:
         return [""]
+    found, missing = {}, []
+    for where in shares:
+        try:
+            found[where] = _captions(sample, where)
+        except BadCaption as error:
+            missing.append(str(error))
+    if not found:
+        raise BadCaption(", ".join(missing))
+    if rng is None or len(shares) == 1:
+        return next(iter(found.values()))
+    ends = np.cumsum([shares[where] for where in found])
+    drawn = int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))
+    return list(found.values())[min(drawn, len(found) - 1)]
+
+
+def _captions(sample: Sample, where: str) -> Sequence[str | bytes]:
+    """At least one."""
     if where == "txt":
         if sample.text is None:
             raise BadCaption("no txt")

@@ -1,47 +1,69 @@
 """The index beside a shard, `00000.tar.idx` for `00000.tar`: where each member of each sample is, and its crc32.
 
-A safetensors file, mapped into memory and so shared by all processes: 8 bytes and the key a sample, 13 bytes a member.
+A safetensors file, mapped into memory and so shared by all processes: 15 bytes and the key a sample, 13 bytes a member.
 Members are grouped as webdataset groups them: the key is the path up to the first dot of its last part. A member whose
 extension is not in EXTENSIONS is counted and never read.
+
+A row is a sample of the tar, in its order. An index may keep some rows only (`select_rows`); training sees no others.
 """
 
 import hashlib
 import json
 import mmap
 import os
-import re
-import zlib
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save
 
-from aimv2.data.tar import BLOCK, Member, ShardError, read_members
+from aimv2.data.tar import BLOCK, ShardError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json")
-FORMAT = "aimv2 shard index 1"
-LARGEST_MEMBER = 2**32 - 1  # bytes
+FORMAT = "aimv2 shard index 2"
+NO_FORMAT = 255  # of an image whose header cannot be read, or is not there
 
-_KEY = re.compile(rb"((?:.*/)?[^./]+)[.]([^/]*)", re.DOTALL)  # no match: no extension, or a hidden file
-_META = re.compile(rb"__[^/]*__($|/)")  # webdataset skips these
-_DTYPES = {"U8": np.uint8, "U32": np.uint32}
-_READ = 1 << 20
+_DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
+_LONGEST_HEADER = 1 << 20  # bytes
+_NUMBERS, _TEXTS = ("samples", "rows", "source_size", "source_mtime_ns"), ("digest", "selection", "reason")
 
 
 @dataclass(slots=True)
 class ShardIndex:
-    """Where the samples of one shard are."""
+    """Where the samples of one shard are, and what its images' headers say.
 
-    samples: int
+    The columns: for each row key_end, member_end, width, height (as stored, before any EXIF rotation), image_format (of
+    FORMATS) and caption_bytes (of the txt; at most 65,535); for each member extension, block, size, crc32; the keys;
+    and `kept`, the rows kept, where a filter has been at work.
+    """
+
+    samples: int  # rows kept
+    rows: int  # samples of the tar
     source_size: int  # bytes of the tar that was scanned
     source_mtime_ns: int
-    digest: str  # sha256 of all columns: of keys, places, sizes and crc32s
+    digest: str  # sha256 of the keys, places, sizes and crc32s
+    selection: str  # sha256 of the rows kept; "" if all are
+    reason: str  # why these rows are kept, as `select_rows` was told
     ignored: dict[str, int]  # {extension: members not indexed}; "" for those without one
-    columns: dict[str, np.ndarray]  # per sample: key_end, member_end; per member: extension, block, size, crc32; keys
+    columns: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return self.rows
+
+    @property
+    def kept(self) -> np.ndarray | None:
+        """(samples,) uint32, the rows kept, ascending; None if all are."""
+        return self.columns.get("kept")
+
+    @property
+    def identity(self) -> str:
+        """Of the shard's contents and of the rows kept."""
+        return f"{self.digest}-{self.selection[:16]}" if self.selection else self.digest
+
+    def row(self, number: int) -> int:
+        """The row of the sample of this number among those kept."""
+        return number if self.kept is None else int(self.kept[number])
 
     def key(self, row: int) -> str:
         begin, end = self._span("key_end", row)
@@ -66,20 +88,30 @@ def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".idx")
 
 
-def build_index(shard: Path) -> ShardIndex:
-    """Scan a tar, write its index beside it (whole, by a rename) and return it.
+def select_rows(shard: Path, rows: np.ndarray | None, reason: str = "") -> ShardIndex:
+    """Keep only these rows of the index beside a shard, or all of them again (None); write it and return it.
 
     Raises:
-        ShardError: the tar is damaged, has a key in two places, a member twice, or no sample.
+        ShardError: there is no usable index.
+        ValueError: the rows are not ascending rows of the shard.
     """
-    with open(shard, "rb", buffering=0) as file:
-        index = scan_shard(shard, file.fileno())
+    index = read_index(shard)
+    columns = {name: column for name, column in index.columns.items() if name != "kept"}
+    selection = ""
+    if rows is not None:
+        kept = np.asarray(rows, np.int64)
+        if kept.size and (kept[0] < 0 or kept[-1] >= index.rows or (np.diff(kept) < 1).any()):
+            raise ValueError(f"{shard}: rows {kept[:3]}...{kept[-3:]}: expected ascending ones below {index.rows}")
+        columns["kept"] = kept.astype(np.uint32)
+        selection = hashlib.sha256(columns["kept"].tobytes()).hexdigest()
+    samples = index.rows if rows is None else len(columns["kept"])
+    index = replace(index, samples=samples, selection=selection, reason=reason, columns=columns)
     write_index(shard, index)
     return index
 
 
 def write_index(shard: Path, index: ShardIndex) -> None:
-    meta = {name: str(getattr(index, name)) for name in ("samples", "source_size", "source_mtime_ns", "digest")}
+    meta = {name: str(getattr(index, name)) for name in _NUMBERS + _TEXTS}
     meta |= {"format": FORMAT, "ignored": json.dumps(index.ignored)}
     path = index_path(shard)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -90,27 +122,28 @@ def write_index(shard: Path, index: ShardIndex) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_index(shard: Path, columns: bool = True) -> ShardIndex:
+def read_index(shard: Path | str, columns: bool = True, path: Path | None = None) -> ShardIndex:
     """The index of a shard, its columns mapped into memory; or without them, the few hundred bytes of its header.
+
+    Args:
+        path: where the index is, if not beside the shard.
 
     Raises:
         ShardError: there is no index, or the file is damaged or of another version.
     """
-    path = index_path(shard)
+    path = path or index_path(shard)
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > _READ:
+            if length > _LONGEST_HEADER:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(file.read(length))
             meta = header.pop("__metadata__")
             if meta["format"] != FORMAT:
                 raise ValueError(f"format {meta['format']!r}, expected {FORMAT!r}")
             return ShardIndex(
-                samples=int(meta["samples"]),
-                source_size=int(meta["source_size"]),
-                source_mtime_ns=int(meta["source_mtime_ns"]),
-                digest=meta["digest"],
+                **{name: int(meta[name]) for name in _NUMBERS},
+                **{name: meta[name] for name in _TEXTS},
                 ignored=json.loads(meta["ignored"]),
                 columns=_map_columns(file.fileno(), 8 + length, header) if columns else {},
             )
@@ -127,81 +160,3 @@ def _map_columns(fd: int, begin: int, header: dict) -> dict[str, np.ndarray]:
         (count,), (first, _) = info["shape"], info["data_offsets"]
         columns[name] = np.frombuffer(memory, _DTYPES[info["dtype"]], count, begin + first)
     return columns
-
-
-@dataclass(slots=True)
-class _Scan:
-    """What a scan has found so far."""
-
-    read_crc32: Callable[[Member], int]
-    keys: list[bytes] = field(default_factory=list)
-    member_end: list[int] = field(default_factory=list)
-    members: list[tuple[int, int, int, int]] = field(default_factory=list)
-    ignored: Counter[str] = field(default_factory=Counter)
-    seen: set[bytes] = field(default_factory=set)  # keys of any member
-    current: bytes | None = None
-    extensions: set[str] = field(default_factory=set)  # of the current key
-
-    def add(self, shard: Path, member: Member) -> None:
-        match = _KEY.fullmatch(member.name)
-        if match is None or _META.match(member.name):
-            self.ignored[""] += 1
-            return
-        key, extension = match.group(1), match.group(2).decode("utf-8", "backslashreplace").lower()
-        if key != self.current:
-            if key in self.seen:
-                raise ShardError.at(shard, member.header, f"sample {key!r} comes back after others")
-            self.seen.add(key)
-            self.current, self.extensions = key, set()
-        if extension in self.extensions:
-            raise ShardError.at(shard, member.header, f"member {member.name!r} for the second time")
-        self.extensions.add(extension)
-        if extension not in EXTENSIONS:
-            self.ignored[extension] += 1
-            return
-        if member.size > LARGEST_MEMBER:
-            raise ShardError.at(shard, member.header, f"member {member.name!r} has {member.size} bytes")
-        if not self.keys or self.keys[-1] != key:
-            self.keys.append(key)
-            self.member_end.append(0)
-        row = (EXTENSIONS.index(extension), member.offset // BLOCK, member.size, self.read_crc32(member))
-        self.members.append(row)
-        self.member_end[-1] = len(self.members)
-
-
-def scan_shard(shard: Path, fd: int) -> ShardIndex:
-    stat = os.fstat(fd)
-    scan = _Scan(read_crc32=lambda member: _crc32(shard, fd, member))
-    for member in read_members(shard, fd):
-        scan.add(shard, member)
-    if not scan.keys:
-        raise ShardError(f"{shard}: no sample: no member's extension is one of {' '.join(EXTENSIONS)}")
-    extension, block, size, crc32 = zip(*scan.members, strict=True)
-    columns = {
-        "key_end": np.cumsum([len(key) for key in scan.keys], dtype=np.uint32),
-        "keys": np.frombuffer(b"".join(scan.keys), np.uint8),
-        "member_end": np.array(scan.member_end, np.uint32),
-        "extension": np.array(extension, np.uint8),
-        "block": np.array(block, np.uint32),
-        "size": np.array(size, np.uint32),
-        "crc32": np.array(crc32, np.uint32),
-    }
-    return ShardIndex(
-        samples=len(scan.keys),
-        source_size=stat.st_size,
-        source_mtime_ns=stat.st_mtime_ns,
-        digest=hashlib.sha256(b"".join(columns[name].tobytes() for name in sorted(columns))).hexdigest(),
-        ignored=dict(sorted(scan.ignored.items())),
-        columns=columns,
-    )
-
-
-def _crc32(shard: Path, fd: int, member: Member) -> int:
-    crc, position, end = 0, member.offset, member.offset + member.size
-    while position < end:
-        chunk = os.pread(fd, min(_READ, end - position), position)
-        if not chunk:
-            raise ShardError.at(shard, position, "the file got shorter while it was read")
-        crc = zlib.crc32(chunk, crc)
-        position += len(chunk)
-    return crc

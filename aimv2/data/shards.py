@@ -1,37 +1,30 @@
 """Ordinary webdataset tars, read by sample number through the index beside each (see `shard_index`).
 
-Local files only, and nothing in them is ever executed, unpickled or extracted.
+Nothing in them is ever executed, unpickled or extracted.
 """
 
-import glob
 import logging
 import os
-import re
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from aimv2.data.shard_index import (
-    EXTENSIONS,
-    IMAGE_EXTENSIONS,
-    ShardIndex,
-    build_index,
-    index_path,
-    read_index,
-    scan_shard,
-    write_index,
-)
+from aimv2.data.remote import RemoteFiles
+from aimv2.data.shard_index import EXTENSIONS, IMAGE_EXTENSIONS, ShardIndex, index_path, read_index
+from aimv2.data.shard_list import ShardEntry, expand_shards
+from aimv2.data.shard_scan import build_index, renew_index
 from aimv2.data.tar import ShardError
+
+__all__ = ["DamagedMember", "Sample", "ShardError", "Shards", "ensure_indices", "expand_shards"]
 
 logger = logging.getLogger(__name__)
 
 OPEN_SHARDS = 64  # of one source in one process; two file descriptors each
-
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class DamagedMember(ValueError):
@@ -48,83 +41,58 @@ class Sample:
     json: bytes | None = None
 
 
-def expand_shards(pattern: str) -> list[Path]:
-    """The tars that a glob or a range in braces (`data/{000..127}.tar`) stands for, sorted.
-
-    Raises:
-        ShardError: nothing matches, one of a range is missing, or the pattern is not a local path.
-    """
-    if "://" in pattern or "::" in pattern or pattern.startswith("pipe:"):
-        raise ShardError(f"{pattern}: not a local path")
-    paths = [os.path.expanduser(pattern)]
-    while (braces := _BRACES.search(paths[0])) is not None:
-        first, last = braces.groups()
-        numbers = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
-        paths = [path.replace(braces.group(), number, 1) for path in paths for number in numbers]
-        if not paths:
-            raise ShardError(f"{pattern}: the range {braces.group()} is empty")
-    shards = sorted({Path(shard) for path in paths for shard in _match(path)})
-    if not shards:
-        raise ShardError(f"{pattern}: no .tar file matches")
-    return shards
-
-
-def _match(path: str) -> list[str]:
-    if glob.has_magic(path):
-        return [found for found in glob.glob(path) if found.endswith(".tar")]
-    if not os.path.isfile(path):
-        raise ShardError(f"{path}: no such file")
-    return [path]
-
-
-def ensure_indices(shards: Iterable[Path]) -> int:
+def ensure_indices(shards: Iterable[Path | str | ShardEntry]) -> int:
     """Build the indices that are missing; call it on one rank, and let the others wait. Returns how many it built.
+
+    Remote shards are left alone: theirs must be beside them.
 
     Raises:
         ShardError: a shard is damaged, or is not the one that its index was made from.
     """
     built = 0
     for shard in shards:
-        if not index_path(shard).exists():
-            build_index(shard)
+        path = shard.location if isinstance(shard, ShardEntry) else shard
+        if isinstance(path, str):
+            continue
+        if not index_path(path).exists():
+            build_index(path)
             built += 1
-        elif not (old := read_index(shard, columns=False)).is_of(os.stat(shard)):
-            _renew_index(shard, old)
+        elif not (old := read_index(path, columns=False)).is_of(os.stat(path)):
+            renew_index(path, old)
     if built:
         logger.info("indexed %d shards", built)
     return built
 
 
-def _renew_index(shard: Path, old: ShardIndex) -> None:
-    """A copied shard has another time but the same contents; a shard that was changed must not go unseen."""
-    with open(shard, "rb", buffering=0) as file:
-        new = scan_shard(shard, file.fileno())
-    if new.digest != old.digest:
-        raise ShardError(f"{shard}: its contents changed; if that was meant, delete {index_path(shard).name}")
-    write_index(shard, new)
-
-
 class Shards(Sequence[Sample]):
-    """All samples of a list of shards, by number. Raises IndexError beyond the last.
+    """The samples kept of a list of shards, by number. Raises IndexError beyond the last.
 
     Shards and their indices are opened when first read, at most OPEN_SHARDS at a time, so neither memory nor file
     descriptors grow with the data. Can be pickled, and used after a fork.
 
     Args:
-        paths: tars whose indices are built.
+        shards: tars whose indices are built, or entries of a list, of which nothing is opened before it is read.
         extensions: members to read; others are skipped.
+        remote: what reads those that are URLs.
 
     Raises:
-        ShardError: an index is missing, or its tar has changed since.
+        ShardError: an index is missing, its tar has changed since, or it keeps no sample in any shard.
     """
 
-    def __init__(self, paths: Sequence[Path], extensions: Collection[str] = EXTENSIONS):
-        self.paths = list(paths)
-        self._extensions = frozenset(extensions)
-        indices = [_current_index(path, columns=False) for path in self.paths]
-        self._ends = np.cumsum([index.samples for index in indices], dtype=np.int64)
-        self.digests = [index.digest for index in indices]
-        self._opened: dict[int, tuple[BinaryIO, ShardIndex]] = {}  # least recently used first
+    def __init__(
+        self,
+        shards: Sequence[Path | str | ShardEntry],
+        extensions: Collection[str] = EXTENSIONS,
+        remote: RemoteFiles | None = None,
+    ):
+        self._extensions, self._remote = frozenset(extensions), remote
+        entries = [shard if isinstance(shard, ShardEntry) else self._entry(shard) for shard in shards]
+        self.locations = [entry.location for entry in entries]
+        self.digests = [entry.digest for entry in entries]
+        self._ends = np.cumsum([entry.samples for entry in entries], dtype=np.int64)
+        self._opened: dict[int, _OpenShard] = {}  # least recently used first
+        if not len(self):
+            raise ShardError(f"{self.locations[0]} and {len(entries) - 1} more: no sample is left after filtering")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -136,16 +104,17 @@ class Shards(Sequence[Sample]):
             DamagedMember: a member is cut off or has another crc32 than when it was indexed.
             ShardError: the shard was replaced, or cannot be read.
         """
-        shard, row = self._locate(number)
-        file, index = self._open(shard)
-        sample = Sample(index.key(row))
-        for extension, offset, size, crc32 in index.members(row):
+        shard, place = self._locate(number)
+        opened = self._open(shard)
+        row = opened.index.row(place)
+        sample = Sample(opened.index.key(row))
+        for extension, offset, size, crc32 in opened.index.members(row):
             if extension not in self._extensions:
                 continue
             try:
-                data = os.pread(file.fileno(), size, offset)
+                data = opened.read(offset, size)
             except OSError as error:
-                raise ShardError.at(self.paths[shard], offset, f"sample {sample.key}: {error}") from error
+                raise ShardError.at(self.locations[shard], offset, f"sample {sample.key}: {error}") from error
             if zlib.crc32(data) != crc32:
                 raise DamagedMember("other bytes than were indexed")
             _put(sample, extension, data)
@@ -153,27 +122,78 @@ class Shards(Sequence[Sample]):
 
     def describe(self, number: int) -> str:
         """`SHARD: sample KEY`, for messages."""
-        shard, row = self._locate(number)
-        return f"{self.paths[shard]}: sample {self._open(shard)[1].key(row)}"
+        shard, place = self._locate(number)
+        index = self._open(shard).index
+        return f"{self.locations[shard]}: sample {index.key(index.row(place))}"
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_opened": {}}
 
     def _locate(self, number: int) -> tuple[int, int]:
+        """(shard, number among those that it keeps)."""
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return shard, number - (int(self._ends[shard - 1]) if shard else 0)
 
-    def _open(self, shard: int) -> tuple[BinaryIO, ShardIndex]:
+    def _open(self, shard: int) -> "_OpenShard":
         opened = self._opened.pop(shard, None)
         if opened is None:
             if len(self._opened) >= OPEN_SHARDS:
-                self._opened.pop(next(iter(self._opened)))[0].close()
-            path = self.paths[shard]
-            opened = open(path, "rb", buffering=0), _current_index(path)  # noqa: SIM115 (stays open)
+                self._opened.pop(next(iter(self._opened))).close()
+            location = self.locations[shard]
+            opened = _OpenShard(location, self._index(location), self._remote)
+            if opened.index.identity != self.digests[shard]:
+                opened.close()
+                raise ShardError(f"{location}: its index is another than when this began; was it prepared again?")
         self._opened[shard] = opened
         return opened
+
+    def _entry(self, location: Path | str) -> ShardEntry:
+        index = self._index(location, columns=False)
+        return ShardEntry(location, index.samples, index.identity)
+
+    def _index(self, location: Path | str, columns: bool = True) -> ShardIndex:
+        """The index of a shard.
+
+        Raises:
+            ShardError: there is none, or it is not of the shard as it is now.
+        """
+        if isinstance(location, Path):
+            index, stat = read_index(location, columns), os.stat(location)
+            if index.is_of(stat):
+                return index
+            made_for = f"{index.source_size} bytes and mtime {index.source_mtime_ns} ns"
+            raise ShardError(
+                f"{location}: its index is stale: made for {made_for}, found {stat.st_size} and {stat.st_mtime_ns}"
+            )
+        if self._remote is None:
+            raise ShardError(f"{location}: not a local path")
+        index = read_index(location, columns, self._remote.local_copy(f"{location}.idx"))
+        if (size := self._remote.size(location)) != index.source_size:
+            raise ShardError(f"{location}: its index is stale: made for {index.source_size} bytes, found {size}")
+        return index
+
+
+class _OpenShard:
+    """A shard that is being read, and its index."""
+
+    def __init__(self, location: Path | str, index: ShardIndex, remote: RemoteFiles | None):
+        self.index = index
+        self._file: BinaryIO | None = None
+        self.read: Callable[[int, int], bytes]  # (offset, size) -> bytes
+        if isinstance(location, Path):
+            self._file = open(location, "rb", buffering=0)  # noqa: SIM115 (stays open)
+            self.read = self._pread
+        else:
+            self.read = partial(remote.read, location)
+
+    def _pread(self, offset: int, size: int) -> bytes:
+        return os.pread(self._file.fileno(), size, offset)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def _put(sample: Sample, extension: str, data: bytes) -> None:
@@ -183,14 +203,3 @@ def _put(sample: Sample, extension: str, data: bytes) -> None:
         sample.json = data
     elif extension in IMAGE_EXTENSIONS and sample.image is None:
         sample.image = data
-
-
-def _current_index(shard: Path, columns: bool = True) -> ShardIndex:
-    index = read_index(shard, columns)
-    stat = os.stat(shard)
-    if not index.is_of(stat):
-        raise ShardError(
-            f"{shard}: its index is stale: made for {index.source_size} bytes and mtime {index.source_mtime_ns} ns, "
-            f"found {stat.st_size} and {stat.st_mtime_ns}"
-        )
-    return index

@@ -14,6 +14,7 @@ from torch import nn
 
 from aimv2.data.loader import DataConfig, validation_loader
 from aimv2.data.shapes import parse_caption
+from aimv2.data.remote import RemoteFiles
 from aimv2.data.shards import Shards, expand_shards
 from aimv2.data.tokenizer import Tokenizer
 from aimv2.evals.harness import at_rest, sum_over_ranks
@@ -47,7 +48,8 @@ class ShapesCaptions:
             limit=self.samples,
         )
         tokenizer = Tokenizer(data.tokenizer)
-        records = Shards(expand_shards(data.validation.shards), ("json",))
+        remote = RemoteFiles(data.remote) if data.remote else None
+        records = Shards(expand_shards(data.validation.shards, remote), ("json",), remote)
 
         def evaluate(model: nn.Module) -> dict[str, float]:
             counts = torch.zeros(len(COUNTED), dtype=torch.float64)

@@ -9,11 +9,15 @@ import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from aimv2.data import shards as shards_module
-from aimv2.data.shard_index import EXTENSIONS, IMAGE_EXTENSIONS, build_index, index_path, read_index
+from aimv2.data.shard_index import EXTENSIONS, IMAGE_EXTENSIONS, NO_FORMAT, index_path, read_index, select_rows
+from aimv2.data.shard_list import write_shard_list
+from aimv2.data.shard_scan import build_index
 from aimv2.data.shards import DamagedMember, Sample, Shards, ensure_indices, expand_shards
 from aimv2.data.tar import ShardError
+from aimv2.data.transforms import FORMATS
 
 Files = list[tuple[str, bytes]]
 
@@ -304,7 +308,7 @@ def test_the_index_takes_under_100_bytes_a_sample(tmp_path):
     files = [(f"{i:09d}.{e}", b"x") for i in range(2000) for e in ("jpg", "txt", "json")]
     path = write_tar(tmp_path / "a.tar", files)
     build_index(path)
-    assert index_path(path).stat().st_size < 60 * 2000
+    assert index_path(path).stat().st_size < 65 * 2000
 
 
 def test_few_shards_are_open_at_a_time_and_all_are_read(tmp_path, monkeypatch):
@@ -319,6 +323,115 @@ def test_few_shards_are_open_at_a_time_and_all_are_read(tmp_path, monkeypatch):
     assert pickle.loads(pickle.dumps(shards))[7] == shards[7]
     with pytest.raises(IndexError, match="sample 12 of 12"):
         shards[12]
+
+
+# --- rows kept ------------------------------------------------------------------------------------------------------
+
+
+def test_only_rows_kept_are_served_until_all_are_again(tmp_path):
+    files = numbered(12)
+    paths = [write_tar(tmp_path / f"{i}.tar", files[i * 18 : i * 18 + 18]) for i in range(2)]
+    ensure_indices(paths)
+    whole, unopened = list(Shards(paths)), Shards(paths)
+    rows = [np.array([1, 4, 5]), np.array([], int)]
+    for path, kept in zip(paths, rows, strict=True):
+        index = select_rows(path, kept, "because")
+        assert (index.samples, len(index), index.reason) == (len(kept), 6, "because")
+    shards = Shards(paths)
+    assert list(shards) == [whole[1], whole[4], whole[5]]
+    assert shards.describe(1) == f"{paths[0]}: sample 00004"
+    assert shards.digests[0] != unopened.digests[0]
+    with pytest.raises(ShardError, match="its index is another than when this began"):
+        unopened[5]
+    os.utime(paths[0], ns=(0, 12345))  # copied: the index is renewed, and keeps what it kept
+    ensure_indices(paths)
+    assert [sample.key for sample in Shards(paths)] == ["00001", "00004", "00005"]
+    for path in paths:
+        select_rows(path, None)
+    assert list(Shards(paths)) == whole and Shards(paths).digests == unopened.digests
+
+
+@pytest.mark.parametrize("rows", [[3, 2], [1, 1], [-1, 2], [0, 30]])
+def test_rows_that_cannot_be_kept(shard, rows):
+    with pytest.raises(ValueError, match=r"a\.tar: rows .*: expected ascending ones below 30"):
+        select_rows(shard, np.array(rows))
+    assert len(Shards([shard])) == 30
+
+
+def test_no_sample_left(shard):
+    select_rows(shard, np.array([], int))
+    with pytest.raises(ShardError, match="no sample is left after filtering"):
+        Shards([shard])
+
+
+def test_a_list_of_shards(tmp_path):
+    """Nothing but the list is opened before a sample is asked for."""
+    files = numbered(12)
+    paths = [write_tar(tmp_path / f"{i}.tar", files[i * 9 : i * 9 + 9]) for i in range(4)]
+    ensure_indices(paths)
+    select_rows(paths[1], np.array([], int))
+    select_rows(paths[2], np.array([2]))
+    (tmp_path / "unlisted.tar").touch()
+    path = write_shard_list(tmp_path, ["2.tar", "0.tar", "1.tar"])
+    assert path == tmp_path / "shards.json"
+    entries = expand_shards(str(path))
+    assert [(e.location, e.samples) for e in entries] == [(paths[2], 1), (paths[0], 3)]
+    assert ensure_indices(entries) == 0
+    shards = Shards(entries)
+    assert [sample.key for sample in shards] == ["00008", "00000", "00001", "00002"]
+    select_rows(paths[2], np.array([1]))
+    with pytest.raises(ShardError, match="its index is another than when this began; was it prepared again"):
+        Shards(entries)[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        "{}",
+        '{"format": "aimv2 shards 9", "shards": []}',
+        *(
+            f'{{"format": "aimv2 shards 1", "shards": [{{"name": "{name}", "samples": {samples}, "digest": "x"}}]}}'
+            for name, samples in (
+                ("../a.tar", 1),
+                ("/a.tar", 1),
+                ("b/a.tar", 1),
+                ("http://host/a.tar", 1),
+                ("pipe:cat", 1),
+                ("a.tar", -1),
+                ("a.tar", '"x"'),
+                ("a.tar", 0),
+            )
+        ),
+    ],
+)
+def test_lists_that_are_refused(tmp_path, text):
+    (tmp_path / "shards.json").write_text(text)
+    with pytest.raises(ShardError, match=r"shards\.json: (not a usable list of shards|no sample is left)"):
+        expand_shards(f"{tmp_path}/shards.json")
+    with pytest.raises(ShardError, match="no such file"):
+        expand_shards(f"{tmp_path}/other.json")
+
+
+# --- headers --------------------------------------------------------------------------------------------------------
+
+
+def test_the_index_knows_the_headers(tmp_path):
+    files = []
+    for i, (kind, size) in enumerate([("JPEG", (40, 30)), ("PNG", (70_000, 2)), ("WEBP", (33, 55)), ("TIFF", (9, 9))]):
+        image = io.BytesIO()
+        Image.new("RGB", size).save(image, kind)
+        files += [(f"{i}.jpg", image.getvalue()), (f"{i}.txt", b"x" * (10 + i))]
+    files += [("4.jpg", b""), ("4.png", files[0][1]), ("5.txt", b"y" * 70_000)]
+    path = write_tar(tmp_path / "a.tar", files)
+    columns = build_index(path).columns
+    assert columns["width"].tolist() == [40, 65_535, 33, 0, 0, 0]
+    assert columns["height"].tolist() == [30, 2, 55, 0, 0, 0]
+    known = [FORMATS.index(kind) for kind in ("JPEG", "PNG", "WEBP")]
+    assert columns["image_format"].tolist() == [*known, NO_FORMAT, NO_FORMAT, NO_FORMAT]
+    assert columns["caption_bytes"].tolist() == [10, 11, 12, 13, 0, 65_535]
 
 
 # --- patterns -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,50 @@
+"""What decided the samples so far. A resumed run must have the same, or it would repeat some and never see others."""
+
+import hashlib
+
+import numpy as np
+
+from aimv2.data.loader import DataConfig
+from aimv2.data.mixture import Source, weights_over_time
+from aimv2.data.remote import RemoteFiles
+from aimv2.data.shards import Shards, expand_shards
+from aimv2.data.tokenizer import Tokenizer
+
+
+class DataFingerprints:
+    """Of all that decides the training samples but the seed.
+
+    Raises:
+        ShardError: a shard or its index is missing, or they disagree.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer):
+        remote = RemoteFiles(config.remote) if config.remote else None
+        self._names = [source.name for source in config.train]
+        self._sources = [_digest_of(source, remote) for source in config.train]
+        self._tokenizer = tokenizer.fingerprint
+        self._versions = weights_over_time(config.train, config.changes)
+        probe = np.random.default_rng(0).permutation(16).tolist()  # a numpy that shuffles differently changes the order
+        self._transform = repr((config.transform, config.context_length, probe))
+
+    def before(self, g: int) -> dict[str, str]:
+        """Of samples 0 to g - 1: later changes of the mixture, and sources not used before them, are not in it."""
+        versions = [(start, weights) for start, weights in self._versions if start < max(g, 1)]
+        used = [i for i in range(len(self._names)) if any(weights[i] for _, weights in versions)]
+        mixture = "; ".join(
+            f"from {start}: " + ", ".join(f"{self._names[i]} {weights[i]:.12g}" for i in used)
+            for start, weights in versions
+        )
+        sources = [(i, self._sources[i]) for i in used]
+        return {
+            "data.mixture": mixture,
+            "data.sources": hashlib.sha256(repr(sources).encode()).hexdigest(),
+            "data.transform": hashlib.sha256(self._transform.encode()).hexdigest(),
+            "tokenizer": self._tokenizer,
+        }
+
+
+def _digest_of(source: Source, remote: RemoteFiles | None) -> str:
+    shards = Shards(expand_shards(source.shards, remote), remote=remote)
+    described = (source.caption_shares, len(shards), shards.digests)
+    return hashlib.sha256(repr(described).encode()).hexdigest()
