@@ -15,8 +15,9 @@ Expected: 86.6 after the paper's data, less without the parts below that nobody 
 
 Data. The paper's mixture is DFN-2B with alt-texts 0.30 and with synthetic captions 0.30, COYO-700M 0.09, and HQITP with
 alt-texts 0.28 and with synthetic captions 0.03. HQITP is not public and left out; the weights of the others, being
-relative, become 43.5 %, 43.5 % and 13.0 %. The shards are webdataset tars as img2dataset writes them: KEY.jpg, KEY.txt
-(alt-text), and for the synthetic captions a list "synthetic_captions" in KEY.json. Without any, drop that source.
+relative, become 43.5 %, 43.5 % and 13.0 %. DFN-2B is one source here, whose samples draw either caption: an image
+without synthetic captions takes its alt-text. The shards are webdataset tars as img2dataset writes them, prepared as
+docs/data.md says: KEY.jpg, KEY.txt (alt-text), and for the synthetic captions a list "synthetic_captions" in KEY.json.
 
 Tokenizer. SigLIP's, 32,000 pieces: the file spiece.model of the model google/siglip-base-patch16-224, for instance by
 
@@ -44,13 +45,15 @@ def config() -> TrainConfig:
         objective=AIMv2Config(vision=vision_config("large"), decoder=DecoderConfig()),
         data=DataConfig(
             train=[
-                Source(name="dfn", shards="data/dfn2b/*.tar", weight=0.30),
                 Source(
-                    name="dfn synthetic", shards="data/dfn2b/*.tar", weight=0.30, captions="json:synthetic_captions"
+                    name="dfn",
+                    shards="data/dfn2b/shards.json",
+                    weight=0.60,
+                    captions={"txt": 0.5, "json:synthetic_captions": 0.5},
                 ),
-                Source(name="coyo", shards="data/coyo700m/*.tar", weight=0.09),
+                Source(name="coyo", shards="data/coyo700m/shards.json", weight=0.09),
             ],
-            validation=Source(name="coyo", shards="data/coyo700m_validation/*.tar"),
+            validation=Source(name="coyo", shards="data/coyo700m_validation/shards.json"),
             tokenizer="tokenizers/siglip/spiece.model",
             transform=TransformConfig(
                 image_size=224, crop_scale=(0.4, 1.0), flip=0.5, mean=IMAGENET_MEAN, std=IMAGENET_STD

@@ -78,8 +78,9 @@ def test_the_runs_of_the_paper(size):
     transform = data.transform
     assert (transform.image_size, transform.crop_scale, transform.flip) == (224, (0.4, 1.0), 0.5)
     assert transform.crop_ratio == (3 / 4, 4 / 3)
-    weights = {source.name: source.weight for source in data.train}
-    assert weights == {"dfn": 0.30, "dfn synthetic": 0.30, "coyo": 0.09}  # the paper's, less HQITP
+    shares = {(s.name, where): s.weight * p for s in data.train for where, p in s.caption_shares.items()}
+    # The paper's, less HQITP.
+    assert shares == {("dfn", "txt"): 0.30, ("dfn", "json:synthetic_captions"): 0.30, ("coyo", "txt"): 0.09}
 
 
 @pytest.mark.parametrize("name", ["shapes", "shapes_full"])

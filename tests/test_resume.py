@@ -9,13 +9,14 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from processes import finish, nothing, start, train
+from processes import TINY_RUN, finish, nothing, start, train
 
 from aimv2.logger import TIMINGS
 
@@ -227,3 +228,42 @@ def test_the_command_of_a_finished_run(tiny_run, tmp_path, undisturbed):
     assert run([*command, "steps=8"], tmp_path)[0] == [0]
     metrics, _ = record(tmp_path / "run")
     assert [line["step"] for line in metrics if "eval" not in line] == [*range(1, 9)]
+
+
+TWO_SOURCES = """
+from aimv2.config import load_config
+from aimv2.data.mixture import MixtureChange, Source
+
+
+def config():
+    run = load_config({tiny_run!r})
+    run.data.train = [Source(name="a", shards="a.tar", weight=0.75), Source(name="b", shards="b.tar", weight=0.25)]
+    run.data.changes, run.evals = {changes}, []
+    return run
+"""
+
+
+def test_a_mixture_that_changes_in_mid_run(tiny_run, tiny_data, tmp_path):
+    """A change after the checkpoint gives the run that had it from the start; one before it is refused."""
+
+    def go_on(out, changes):
+        path = tmp_path / "config.py"
+        path.write_text(TWO_SOURCES.format(tiny_run=str(TINY_RUN), changes=changes))
+        _, _, *changed = tiny_run(tmp_path / out, "steps=6")
+        shards = sorted(tiny_data.glob("train-*.tar"))
+        sources = [f"data.train.{i}.shards={shards[i]}" for i in range(2)]
+        return run(["--config", str(path), *changed, *sources], tmp_path)
+
+    change = "[MixtureChange(sample=32, weights={'a': 0.0})]"
+    assert go_on("whole", change)[0] == [0]
+    assert go_on("run", "[]")[0] == [0]
+    unchanged = record(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")  # as if killed after step 3, of 24 samples
+    codes, said = go_on("run", change.replace("32", "16"))
+    assert codes == [1]
+    words = "the data.mixture changed: saved from 0: a 0.75, b 0.25, now from 0: a 0.75, b 0.25; from 16: a 0, b 0.25"
+    assert words in said
+    assert go_on("run", change)[0] == [0]
+    assert record(tmp_path / "run") == record(tmp_path / "whole") != unchanged
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["data"]["changes"] == [{"sample": 32, "weights": {"a": 0.0}}]
