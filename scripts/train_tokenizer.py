@@ -1,6 +1,6 @@
 """Train a sentencepiece tokenizer from captions.
 
-python scripts/train_tokenizer.py --captions 'data/pairs/*.tar' --vocab-size 32000 --out tokenizers/pairs \\
+python scripts/train_tokenizer.py --captions data/pairs/shards.json --vocab-size 32000 --out tokenizers/pairs \\
     --source "web image captions" --licence CC-BY-4.0
 """
 
@@ -16,6 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from aimv2.data.shard_list import read_shard_list
+from aimv2.data.shards import Shards
 from aimv2.data.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -26,8 +28,8 @@ def main() -> None:
         required=True,
         nargs="+",
         metavar="FILES",
-        help="paths or globs: .tar (its .txt members, or --column of its .json members), .txt (one caption a line), "
-        ".jsonl or .parquet (--column)",
+        help="paths or globs: .tar (its .txt members, or --column of its .json members), a shards.json (the samples "
+        "kept of its shards), .txt (one caption a line), .jsonl or .parquet (--column)",
     )
     parser.add_argument("--column", metavar="NAME", help="field with a caption or a list of captions")
     parser.add_argument("--limit", type=int, default=5_000_000, metavar="N", help="read the first N (%(default)s)")
@@ -73,7 +75,13 @@ def expand(patterns: list[str]) -> list[Path]:
 
 def read_captions(files: list[Path], column: str | None) -> Iterator[str | bytes]:
     """Every caption of the files, in their order."""
-    readers = {".tar": _read_tar, ".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    readers = {
+        ".tar": _read_tar,
+        ".json": _read_list,
+        ".txt": _read_text,
+        ".jsonl": _read_jsonl,
+        ".parquet": _read_parquet,
+    }
     for file in files:
         if file.suffix not in readers:
             raise ValueError(f"cannot read captions from {file}: expected {', '.join(readers)}")
@@ -92,6 +100,14 @@ def _read_tar(file: Path, column: str | None) -> Iterator[str | bytes]:
                 yield tar.extractfile(member).read()
             elif column is not None and member.name.endswith(".json"):
                 yield from _field(json.load(tar.extractfile(member)), column, member.name)
+
+
+def _read_list(file: Path, column: str | None) -> Iterator[str | bytes]:
+    for sample in Shards(read_shard_list(str(file)), ("txt",) if column is None else ("json",)):
+        if column is None and sample.text is not None:
+            yield sample.text
+        elif column is not None and sample.json is not None:
+            yield from _field(json.loads(sample.json), column, sample.key)
 
 
 def _read_text(file: Path, column: str | None) -> Iterator[bytes]:

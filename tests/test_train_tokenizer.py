@@ -5,9 +5,13 @@ import subprocess
 import sys
 import tarfile
 
+import numpy as np
 import pytest
 
 pytest.importorskip("sentencepiece")
+from aimv2.data.shard_index import select_rows
+from aimv2.data.shard_list import write_shard_list
+from aimv2.data.shard_scan import build_index
 from aimv2.data.tokenizer import Tokenizer
 
 CAPTIONS = [
@@ -73,10 +77,16 @@ def test_every_kind_of_input_gives_the_same_tokenizer(train, tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(CAPTIONS) + "\n")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"caption": [c], "id": 1}) + "\n" for c in CAPTIONS) + "\n")
     write_parquet(tmp_path / "a.parquet")
+    write_tar(tmp_path / "b.tar", [*CAPTIONS[:half], "filtered out", *CAPTIONS[half:]])
+    build_index(tmp_path / "b.tar")
+    select_rows(tmp_path / "b.tar", np.delete(np.arange(len(CAPTIONS) + 1), half))
+    write_shard_list(tmp_path, ["b.tar"])
     models = []
     for arguments in (
         ("--captions", "a-*.tar"),
         ("--captions", "a-0.tar", "a-1.tar", "--column", "caption"),
+        ("--captions", "shards.json"),
+        ("--captions", "shards.json", "--column", "caption"),
         ("--captions", "a.txt"),
         ("--captions", "a.jsonl", "--column", "caption"),
         ("--captions", "a.parquet", "--column", "caption"),
