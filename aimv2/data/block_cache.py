@@ -75,7 +75,8 @@ class BlockCache:
         Raises:
             ShardError: it is larger than the cache, or the disk is full or fails.
         """
-        self._place(name, data, _page_crcs(data))
+        if not self._place(name, data, _page_crcs(data)):
+            logger.warning("%s: too small: an entry was evicted while it was written", self.folder)
 
     def read_copy(self, name: str) -> Path | None:
         """Where the file of `write_copy` is; None if it is not there, or damaged."""
@@ -89,16 +90,18 @@ class BlockCache:
         return None
 
     def write_copy(self, name: str, data: bytes) -> Path:
-        """Add a file of just these bytes, to be mapped into memory."""
+        """Add a file of just these bytes, to be mapped into memory; errors as in `write`."""
         self.write(f"{name}.crc32", struct.pack("<I", zlib.crc32(data)))
-        self._place(name, data)
+        if not self._place(name, data):
+            raise ShardError(f"{self.folder}: too small: a file was evicted while it was written")
         return self.folder / name
 
     def fetching(self, name: str) -> AbstractContextManager:
         """A context in which only one process fetches an entry; few names share it with others."""
         return _lock(self._locks / str(zlib.crc32(name.encode()) % LOCKS))
 
-    def _place(self, name: str, *parts: bytes) -> None:
+    def _place(self, name: str, *parts: bytes) -> bool:
+        """Whether it is there then: where the cache is hardly larger than what is being written, that may go too."""
         size = sum(len(part) for part in parts)
         if size > self.limit:
             raise ShardError(f"{self.folder}: {size} bytes are more than all that this cache may hold, {self.limit}")
@@ -109,11 +112,12 @@ class BlockCache:
             with _lock(self._locks / "total"):  # no rename during a scan, which could miss it
                 os.replace(temporary, self.folder / name)
         except FileNotFoundError:
-            logger.warning("%s: too small: an entry was evicted while it was written", self.folder)
+            return False
         except OSError as error:
             raise ShardError(f"{self.folder}: cannot cache {size} bytes: {error.strerror}") from error
         finally:
             temporary.unlink(missing_ok=True)
+        return True
 
     def _reserve(self, path: Path, size: int) -> BinaryIO:
         """A new file that has its final size from the beginning."""
@@ -169,5 +173,11 @@ def _lock(path: Path) -> Iterator[BinaryIO]:
                     logger.warning("%s: held by another process for %d s, going on without", path, PATIENCE)
                     break
             time.sleep(wait)
-            wait = min(2 * wait, 0.05)
+            wait = min(2 * wait, 0.005)
         yield file
+
+
+def _page_crcs(data: bytes) -> bytes:
+    """4 bytes for each page."""
+    view = memoryview(data)
+    return b"".join(struct.pack("<I", zlib.crc32(view[at : at + PAGE])) for at in range(0, len(data), PAGE))

@@ -87,11 +87,18 @@ class Samples(Dataset):
         self.sources, self.transform, self.tokenizer = list(sources), transform, tokenizer
         self.context_length, self.pad_text_to_context = context_length, pad_text_to_context
         self.seed, self.training = seed, training
-        files = RemoteFiles(remote) if remote else None
-        self.shards = [Shards(expand_shards(s.shards, files), _extensions(s), files) for s in sources]
+        self._remote = RemoteFiles(remote) if remote else None
+        self.shards = [Shards(expand_shards(s.shards, self._remote), _extensions(s), self._remote) for s in sources]
         (_, weights), *changed = weights_over_time(sources, changes)
         self.mixture = Mixture([len(s) for s in self.shards], weights, seed, changed)
         self._draft_size = draft_size(transform) if training else None
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Example]:
+        """Those of a batch, by the name that the data loader knows: what is far away is fetched all at once."""
+        if self._remote is not None:
+            places = (self._locate(g) for g in numbers)
+            self._remote.prefetch(part for source, number in places for part in self.shards[source].places(number))
+        return [self[g] for g in numbers]
 
     def __getitem__(self, g: int) -> Example:
         """A sample that cannot be used is replaced by others of its source, drawn from (seed, g, attempt).

@@ -39,18 +39,18 @@ def expand_shards(pattern: str, remote: RemoteFiles | None = None) -> list[Path 
         ShardError: nothing matches, one of a range is missing, the list is damaged or names a place outside its folder,
             or the pattern is neither a local path nor an allowed URL.
     """
-    if is_remote(pattern):
-        if remote is None:
-            raise ShardError(f"{pattern}: not a local path; what may be read from elsewhere is said by data.remote")
+    if not is_remote(pattern):
+        paths = _expand_braces(os.path.expanduser(pattern))
+    elif remote is None:
+        raise ShardError(f"{pattern}: not a local path; what may be read from elsewhere is said by data.remote")
+    elif glob.has_magic(pattern):
+        raise ShardError(f"{pattern}: a server can't be asked for a glob; expected a range in braces or a list")
+    else:
         remote.check(pattern)
-    elif "::" in pattern or pattern.startswith("pipe:"):
-        raise ShardError(f"{pattern}: not a local path")
+        paths = _expand_braces(pattern)
     if pattern.endswith(".json"):
         return read_shard_list(pattern, remote)
-    paths = _expand_braces(pattern if is_remote(pattern) else os.path.expanduser(pattern))
     if is_remote(pattern):
-        if glob.has_magic(pattern):
-            raise ShardError(f"{pattern}: a server can't be asked for a glob; expected a range in braces or a list")
         return sorted(set(paths))
     shards = sorted({Path(shard) for path in paths for shard in _match(path)})
     if not shards:

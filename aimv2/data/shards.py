@@ -6,11 +6,9 @@ Nothing in them is ever executed, unpickled or extracted.
 import logging
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -120,6 +118,15 @@ class Shards(Sequence[Sample]):
             _put(sample, extension, data)
         return sample
 
+    def places(self, number: int) -> list[tuple[str, int, int]]:
+        """(URL, offset, size) of the members that reading a sample needs from elsewhere, for `RemoteFiles.prefetch`."""
+        shard, place = self._locate(number)
+        if isinstance(location := self.locations[shard], Path):
+            return []
+        index = self._open(shard).index
+        members = index.members(index.row(place))
+        return [(location, offset, size) for extension, offset, size, _ in members if extension in self._extensions]
+
     def describe(self, number: int) -> str:
         """`SHARD: sample KEY`, for messages."""
         shard, place = self._locate(number)
@@ -180,15 +187,12 @@ class _OpenShard:
 
     def __init__(self, location: Path | str, index: ShardIndex, remote: RemoteFiles | None):
         self.index = index
-        self._file: BinaryIO | None = None
-        self.read: Callable[[int, int], bytes]  # (offset, size) -> bytes
-        if isinstance(location, Path):
-            self._file = open(location, "rb", buffering=0)  # noqa: SIM115 (stays open)
-            self.read = self._pread
-        else:
-            self.read = partial(remote.read, location)
+        self._location, self._remote = location, remote
+        self._file = open(location, "rb", buffering=0) if isinstance(location, Path) else None  # noqa: SIM115
 
-    def _pread(self, offset: int, size: int) -> bytes:
+    def read(self, offset: int, size: int) -> bytes:
+        if self._file is None:
+            return self._remote.read(self._location, offset, size)
         return os.pread(self._file.fileno(), size, offset)
 
     def close(self) -> None:
