@@ -297,7 +297,7 @@ def _read_json(path: Path) -> dict | None:
         return None
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON: {error}") from error
     if not isinstance(contents, dict):
         raise ModelError(f"{path}: expected an object, found {type(contents).__name__}")

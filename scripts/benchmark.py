@@ -1,303 +1,48 @@
-"""Speed and memory of our encoder beside transformers' and timm's AIMv2 of the same shape, and of a whole train step.
+"""Speed of ours beside the field's, in the same run: encoders, a whole train step, and what feeds it.
 
     python scripts/benchmark.py encoder --size base --dtype fp32 bf16
     python scripts/benchmark.py train --size large --dtype bf16 --batch 128 --compile
+    python scripts/benchmark.py data --data build/photos
 
-All have random weights of the same distribution. bf16 means bf16 weights and images, for all alike; in the train step
-AdamW then works on an fp32 copy, as DeepSpeed's does. The models take turns within each round, each beginning in its
-turn, so that a machine whose speed drifts is as unfair to one as to another. The ratio of a round is the peer's time
-over ours, above 1 where ours is faster; the median over the rounds is what counts.
+Those compared take turns within each round, each beginning in its turn, so that a machine whose speed drifts is as
+unfair to one as to another. The ratio of a round is the peer's time over ours, above 1 where ours is faster; the median
+over the rounds is what counts.
 
-Memory is what stays (weights, optimizer) and the most that torch's allocator hands out during a pass. The MFU counts
-the operations of `aimv2.flops` against the device's data sheet, --peak-tflops, or the fastest of ten large matrix
-products of the same run.
+encoder, train: All have random weights of the same distribution. bf16 means bf16 weights and images, for all alike; in
+the train step AdamW then works on an fp32 copy, as DeepSpeed's does. Memory is what stays (weights, optimizer) and the
+most that torch's allocator hands out during a pass. The MFU counts the operations of `aimv2.flops` against the device's
+data sheet, --peak-tflops, or the fastest of ten large matrix products of the same run.
+
+data: Shards of made photos are written to --data, once. Everything happens in one process, so the samples/s are those
+of a core.
 """
 
 import argparse
-import copy
 import importlib.util
 import json
-import os
 import platform
 import re
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import accumulate
-from operator import truediv
 from pathlib import Path
 
+import benchmark_data
+import benchmark_models
 import torch
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 import aimv2
-from aimv2.data.batch import Batch, Counts, count_targets
-from aimv2.decoder import DecoderConfig
-from aimv2.encoder import VisionConfig, VisionEncoder, vision_config
-from aimv2.flops import encoder_flops, peak_flops, training_flops
-from aimv2.objectives.aimv2 import AIMv2Config
-from aimv2.optim import OptimConfig, build_optimizer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TINY = VisionConfig(width=64, depth=2, heads=2, mlp_hidden=128)  # to try this script
-TINY_DECODER = DecoderConfig(width=64, depth=2, heads=2, mlp_hidden=128, vocab_size=128)
-CAPTION_TOKENS = 77
-WARM_UP = 2  # rounds
+PACKAGES = {"PIL": "pillow", "open_clip": "open_clip_torch"}  # by module, where the names differ
 
 
-@dataclass(slots=True, kw_only=True)
-class Subject:
-    """What is timed, and the tensors that outlast it."""
-
-    run: Callable[[], Tensor | None]  # one pass; an encoder's returns the features
-    tensors: Callable[[], list[Tensor]]
-
-
-def ours(config: VisionConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    encoder = VisionEncoder(config)
-    return encoder, encoder
-
-
-def transformers(config: VisionConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    from transformers import Aimv2VisionConfig, Aimv2VisionModel
-
-    settings = Aimv2VisionConfig(
-        hidden_size=config.width,
-        intermediate_size=config.mlp_hidden,
-        num_hidden_layers=config.depth,
-        num_attention_heads=config.heads,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        rms_norm_eps=config.norm_eps,
-        use_head=False,
-        attn_implementation="sdpa",
-    )
-    model = Aimv2VisionModel(settings)
-    return model, lambda image: model(image).last_hidden_state
-
-
-def timm(config: VisionConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    from timm import create_model
-
-    model = create_model(
-        "aimv2_large_patch14_224",  # for its norms, MLP and biases: timm has no entry of base size
-        img_size=config.image_size,
-        embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
-        mlp_ratio=config.mlp_hidden / config.width,
-    )
-    return model, model.forward_features
-
-
-def encoder_subjects(config: VisionConfig, dtype: str, backward: bool, arguments: argparse.Namespace) -> dict:
-    """Ours and the peers that are installed. Raises ValueError if they are not the same architecture."""
-    peers = [peer for peer in (transformers, timm) if importlib.util.find_spec(peer.__name__)]
-    image = torch.randn(arguments.batch, 3, config.image_size, config.image_size)
-    gradient = torch.randn(arguments.batch, config.num_patches, config.width)
-    image, gradient = (tensor.to(arguments.device, DTYPES[dtype]) for tensor in (image, gradient))
-    subjects, seen = {}, {}
-    for make in [ours, *peers]:
-        model, forward = make(config)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.02)
-        model.to(arguments.device, DTYPES[dtype]).train(backward).requires_grad_(backward)
-        if arguments.compile:
-            forward = torch.compile(forward)
-        subject = encoder_pass(model, forward, image, gradient if backward else None)
-        subjects[make.__name__] = subject
-        seen[make.__name__] = sum(p.numel() for p in model.parameters()), tuple(subject.run().shape)
-    if len(set(seen.values())) > 1:
-        raise ValueError(f"the models differ in (parameters, shape of the features): {seen}")
-    return subjects
-
-
-def encoder_pass(model: nn.Module, forward: Callable, image: Tensor, gradient: Tensor | None) -> Subject:
-    """Forward, and backward from this gradient of the features if there is one."""
-
-    def run() -> Tensor:
-        with torch.set_grad_enabled(gradient is not None):
-            features = forward(image)
-        if gradient is not None:
-            features.backward(gradient)
-            model.zero_grad(set_to_none=True)
-        return features
-
-    return Subject(run=run, tensors=lambda: list(model.parameters()))
-
-
-def train_subject(config: AIMv2Config, dtype: str, arguments: argparse.Namespace) -> Subject:
-    """An optimizer step of AIMv2 on random images and full captions, without DeepSpeed."""
-    model = config.build().to(arguments.device)
-    masters = model if dtype == "fp32" else copy.deepcopy(model)
-    weights, master_weights = list(model.to(DTYPES[dtype]).parameters()), list(masters.parameters())
-    optimizer = build_optimizer(masters, OptimConfig(peak_lr=1e-4, warmup_steps=0), fused=True)
-    batch = random_batch(config, arguments.batch).to(arguments.device)
-    patches, tokens = count_targets([batch]).float().to(arguments.device)
-    if arguments.compile:
-        model.compile()
-
-    def run() -> None:
-        model(batch, Counts(patches=patches, tokens=tokens))["loss"].backward()
-        if masters is not model:
-            for weight, master in zip(weights, master_weights, strict=True):
-                master.grad, weight.grad = weight.grad.float(), None
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if masters is not model:
-            with torch.no_grad():
-                torch._foreach_copy_(weights, master_weights)
-
-    def tensors() -> list[Tensor]:
-        moments = [value for state in optimizer.state.values() for value in state.values()]
-        return weights + moments + (master_weights if masters is not model else [])
-
-    return Subject(run=run, tensors=tensors)
-
-
-def random_batch(config: AIMv2Config, size: int) -> Batch:
-    n = config.vision.num_patches
-    return Batch(
-        image=torch.randn(size, 3, config.vision.image_size, config.vision.image_size),
-        text=torch.randint(config.decoder.vocab_size, (size, CAPTION_TOKENS)),
-        text_length=torch.full((size,), CAPTION_TOKENS),
-        prefix_length=torch.randint(1, n, (size,)),
-        sample=torch.arange(size),
-        num_patches=n,
-    )
-
-
-def time_rounds(subjects: dict[str, Subject], rounds: int, device: torch.device, title: str) -> dict[str, list[float]]:
-    """Seconds of each subject in each round, after rounds of warming up."""
-    seconds: dict[str, list[float]] = {name: [] for name in subjects}
-    names = list(subjects)
-    for number in tqdm(range(-WARM_UP, rounds), desc=title, unit="round", leave=False):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            duration = seconds_of(subjects[name].run, device)
-            if number >= 0:
-                seconds[name].append(duration)
-    return seconds
-
-
-def seconds_of(run: Callable, device: torch.device) -> float:
-    if device.type != "cuda":
-        begun = time.perf_counter()
-        run()
-        return time.perf_counter() - begun
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-def memory(subject: Subject, device: torch.device) -> int:
-    """Bytes of a subject that has run before, without what others hold at the same time."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        subject.run()
-        growth = torch.cuda.max_memory_allocated(device) - before
-    else:
-        os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler would report its own start and end
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            subject.run()
-        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-        growth = max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), default=0)
-    return growth + sum(tensor.nbytes for tensor in subject.tensors())
-
-
-def device_peak(dtype: str, arguments: argparse.Namespace) -> tuple[float, str]:
-    """FLOP/s, and where the number comes from."""
-    device = torch.device(arguments.device)
-    if arguments.peak_tflops:
-        return 1e12 * arguments.peak_tflops, "given"
-    if known := peak_flops(device, DTYPES[dtype]):
-        return known, "data sheet"
-    n = 8192 if device.type == "cuda" else 2048
-    a, b, out = torch.randn(3, n, n).to(device, DTYPES[dtype])
-    product = Subject(run=lambda: torch.mm(a, b, out=out), tensors=list)
-    return 2 * n**3 / min(time_rounds({"product": product}, 10, device, "peak")["product"]), "measured"
-
-
-def measure(
-    task: str, dtype: str, subjects: dict[str, Subject], flops: float, arguments: argparse.Namespace
-) -> list[dict]:
-    """A result for each subject; `flops` are those of an image."""
-    device = torch.device(arguments.device)
-    seconds = time_rounds(subjects, arguments.rounds, device, f"{task} {dtype}")
-    results = []
-    for name, times in seconds.items():
-        low, ratio, high = statistics.quantiles(map(truediv, times, seconds["ours"]), n=4, method="inclusive")
-        median = statistics.median(times)
-        results.append(
-            {
-                "task": task,
-                "dtype": dtype,
-                "model": name,
-                "seconds": median,
-                "images_per_second": arguments.batch / median,
-                "ratio": ratio,
-                "ratio_quartiles": [low, high],
-                "flops_per_second": flops * arguments.batch / median,
-                "memory_bytes": memory(subjects[name], device),
-                "rounds": times,
-            }
-        )
-    return results
-
-
-def benchmark(arguments: argparse.Namespace) -> Iterator[dict]:
-    """A result for each dtype, task and model. Raises ValueError for a size or shape that isn't one."""
-    if arguments.size == "tiny":
-        vision, decoder = replace(TINY, image_size=arguments.image_size), TINY_DECODER
-    else:
-        vision, decoder = vision_config(arguments.size, arguments.image_size), DecoderConfig()
-    objective, forward = AIMv2Config(vision=vision, decoder=decoder), encoder_flops(vision)
-    if arguments.what == "train":
-        step = training_flops(vision, decoder, CAPTION_TOKENS)
-        tasks = [("train step", step, lambda dtype: {"ours": train_subject(objective, dtype, arguments)})]
-    else:
-        tasks = [
-            ("forward", forward, lambda dtype: encoder_subjects(vision, dtype, False, arguments)),
-            ("fwd+bwd", 3 * forward, lambda dtype: encoder_subjects(vision, dtype, True, arguments)),
-        ][: 1 if arguments.forward_only else 2]
-    for dtype in arguments.dtype:
-        peak, source = device_peak(dtype, arguments)
-        for task, flops, build in tasks:
-            for result in measure(task, dtype, build(dtype), flops, arguments):
-                yield result | {"peak_flops": peak, "peak_source": source, "mfu": result["flops_per_second"] / peak}
-
-
-TITLE = f"{'task':10} {'dtype':5} {'model':12} {'ms':>9} {'images/s':>9} {'ratio (quartiles)':>23}   MFU     MiB"
-
-
-def line(r: dict) -> str:
-    """A result under TITLE."""
-    ratio = "{:.3f} ({:.3f}-{:.3f})".format(r["ratio"], *r["ratio_quartiles"])
-    return (
-        f"{r['task']:10} {r['dtype']:5} {r['model']:12} {1e3 * r['seconds']:9.1f} {r['images_per_second']:9.2f} "
-        f"{ratio:>23} {r['mfu']:5.0%} {r['memory_bytes'] / 2**20:7.0f}"
-    )
-
-
-def environment(arguments: argparse.Namespace) -> dict:
+def environment(arguments: argparse.Namespace, packages: tuple[str, ...]) -> dict:
     device = torch.device(arguments.device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "aimv2": aimv2.__version__,
         "torch": torch.__version__,
-    } | {name: version(name) for name in ("transformers", "timm") if importlib.util.find_spec(name)}
+    } | {name: version(PACKAGES.get(name, name)) for name in packages if importlib.util.find_spec(name)}
 
 
 def processor() -> str:
@@ -308,43 +53,59 @@ def processor() -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("encoder", "train"))
-    parser.add_argument("--size", default="base", help="base, large, huge, 1b, 3b; tiny to try this (%(default)s)")
-    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--batch", type=int, default=4, metavar="N", help="images (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timed (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="on the CPU")
-    parser.add_argument("--compile", action="store_true", help="torch.compile, for all alike")
-    parser.add_argument("--forward-only", action="store_true", help="encoder: as at inference, no backward pass")
-    parser.add_argument("--peak-tflops", type=float, metavar="X", help="of the device, for the MFU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write environment and results there")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--rounds", type=int, default=15, metavar="N", help="timed (%(default)s)")
+    common.add_argument("--json", type=Path, metavar="FILE", help="write environment and results there")
+    doors = parser.add_subparsers(dest="what", required=True)
+    for what in ("encoder", "train"):
+        add_models(doors.add_parser(what, parents=[common]))
+    add_data(doors.add_parser("data", parents=[common]))
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error(f"--rounds {arguments.rounds}: expected 2 or more, for a median with quartiles")
     return arguments
 
 
+def add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", default="base", help="base, large, huge, 1b, 3b; tiny to try this (%(default)s)")
+    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
+    parser.add_argument("--dtype", nargs="+", choices=benchmark_models.DTYPES, default=list(benchmark_models.DTYPES))
+    parser.add_argument("--batch", type=int, default=4, metavar="N", help="images (%(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="on the CPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, for all alike")
+    parser.add_argument("--forward-only", action="store_true", help="encoder: as at inference, no backward pass")
+    parser.add_argument("--peak-tflops", type=float, metavar="X", help="of the device, for the MFU")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, default=Path("data/photos"), metavar="FOLDER", help="(%(default)s)")
+    parser.add_argument("--samples", type=int, default=1024, metavar="N", help="to be made (%(default)s)")
+    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="of a crop (%(default)s)")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="samples (%(default)s)")
+    parser.add_argument("--batches", type=int, default=2, metavar="N", help="in a round (%(default)s)")
+    parser.set_defaults(device="cpu", threads=1)
+
+
 def main() -> int:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    place, results = environment(arguments), []
+    benchmark = benchmark_data if arguments.what == "data" else benchmark_models
+    place, found = environment(arguments, benchmark.PEERS), []
     try:
-        for result in benchmark(arguments):
-            if not results:
+        for result in benchmark.results(arguments):
+            if not found:
                 print(", ".join(f"{name} {value}" for name, value in place.items()))
-                print(TITLE)
-            print(line(result), flush=True)
-            results.append(result)
+                print(benchmark.TITLE)
+            print(benchmark.line(result), flush=True)
+            found.append(result)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    peaks = {f"{r['dtype']} {r['peak_flops'] / 1e12:.3g} TFLOP/s ({r['peak_source']})": None for r in results}
-    print("MFU against", ", ".join(peaks))
+    print(benchmark.footer(found))
     if arguments.json:
-        report = {"command": sys.argv[1:], "environment": place, "results": results}
+        report = {"command": sys.argv[1:], "environment": place, "results": found}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
 

@@ -1,12 +1,16 @@
 import importlib.util
+import json
 import subprocess
 import sys
 
 import pytest
+from made_coyo import make_coyo
+from PIL import Image
 
 pytest.importorskip("tqdm")
 
 from aimv2.data.shapes import ShapesRecipe, is_written
+from aimv2.data.shards import Shards, expand_shards
 
 
 @pytest.fixture
@@ -69,9 +73,110 @@ def test_errors_are_one_line(make_shards):
         assert error.startswith("make_shards: ") and message in error and "\n" not in error
 
 
+@pytest.fixture
+def pictures(tmp_path):
+    """Three images with captions in a folder, of which the last cannot be used."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, colour, size in (("a", "red", (64, 48)), ("b", "blue", (64, 48)), ("c", "red", (20, 20))):
+        Image.effect_noise(size, 50).convert("RGB").save(folder / f"{name}.jpg")
+        (folder / f"{name}.txt").write_text(f"a {colour} picture")
+    return folder
+
+
+def captions(folder):
+    return [sample.text for sample in Shards(expand_shards(f"{folder}/shards.json"))]
+
+
+def test_a_folder_to_shards_that_training_reads(make_shards, pictures):
+    command = ("folder", "pictures", "--out", "made", "--workers", "1")
+    code, said = make_shards(*command)
+    assert code is None
+    assert "kept 2 of 3 samples\n  dropped 1: a side under 32 pixels (such as c.jpg)\n" in said
+    assert "made/written/report.json" in said and "made/prepared/report.md" in said
+    assert captions(pictures.parent / "made") == [b"a red picture", b"a blue picture"]
+
+
+def test_the_same_command_again_changes_nothing_not_even_the_filters(make_shards, pictures, tmp_path):
+    command = ("folder", "pictures", "--out", "made", "--workers", "1")
+    make_shards(*command)
+    make_shards("prepare", "made", "--keep", "caption_characters > 13", "--workers", "1")
+    assert captions(tmp_path / "made") == [b"a blue picture"]
+    code, said = make_shards(*command)
+    assert code is None and "kept 2 of 3 samples" in said and "made/shards.json is as it was" in said
+    assert captions(tmp_path / "made") == [b"a blue picture"]
+
+
+def test_shards_inside_the_folder_of_their_images(make_shards, pictures):
+    for _ in range(2):  # by the second time there are pictures of the report in it
+        assert make_shards("folder", ".", "--out", "pictures/made", "--workers", "1")[0] is None
+        assert captions(pictures / "made") == [b"a red picture", b"a blue picture"]
+
+
+def test_images_without_captions_stay_if_they_may(make_shards, pictures, tmp_path):
+    (pictures / "b.txt").unlink()
+    code, said = make_shards("folder", "pictures", "--out", "made", "--workers", "1", "--allow-no-caption")
+    assert code is None, said
+    assert captions(tmp_path / "made") == [b"a red picture", None]
+
+
+def test_a_table_to_shards(make_shards, pictures, tmp_path):
+    (tmp_path / "table.csv").write_text("path,alt,more\na.jpg,a,a long caption\nb.jpg,a short one,\n../x.jpg,a,b\n")
+    columns = ("--image-column", "path", "--caption-column", "alt", "--caption-column", "more")
+    code, said = make_shards("table", "table.csv", "--images", "pictures", "--out", "made", "--workers", "1", *columns)
+    assert code is None and "dropped 1: the image is outside the folder (such as table.csv: row 2)" in said
+    assert captions(tmp_path / "made") == [b"a long caption", b"a short one"]
+
+
+def test_a_set_of_hugging_face_to_shards(make_shards, pictures, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    images = [{"bytes": (pictures / f"{name}.jpg").read_bytes(), "path": None} for name in "ab"]
+    rows = datasets.Dataset.from_dict({"picture": images, "text": ["a red one", "a blue one"]})
+    rows.cast_column("picture", datasets.Image()).save_to_disk(tmp_path / "set")
+    code, _ = make_shards("huggingface", "set", "--out", "made", "--workers", "1")
+    assert code is None and captions(tmp_path / "made") == [b"a red one", b"a blue one"]
+
+
+def test_coyo_from_the_download_to_what_training_reads(make_shards, tmp_path):
+    made = make_coyo(tmp_path, samples=120)
+    code, said = make_shards("coyo", "--metadata", "coyo-metadata", "--images", "coyo", "--workers", "1")
+    assert code is None
+    samples = sum(map(len, made.shards.values()))
+    assert f"{samples} of {samples} samples in 7 shards" in said and "coyo/prepared/coyo_report.json" in said
+    keep = ("--keep", "clip_similarity_vitl14 >= quantile:0.5", "--no-decode", "--no-phash")
+    assert make_shards("prepare", "coyo", "--workers", "1", *keep)[0] is None
+    scores = sorted(made.rows[i]["clip_similarity_vitl14"] for ids in made.shards.values() for i in ids)
+    kept = [json.loads(sample.json) for sample in Shards(expand_shards("coyo/shards.json"))]
+    assert abs(len(kept) - samples / 2) <= 1  # a median of one's own
+    assert min(record["clip_similarity_vitl14"] for record in kept) >= scores[samples // 2 - 1]
+
+
+def test_what_cannot_be_made_is_one_line(make_shards, pictures, tmp_path):
+    (tmp_path / "table.csv").write_text("path,alt\nhttps://host/a.jpg,far away\n")
+    to = ("--out", "made", "--workers", "1")
+    columns = ("--image-column", "path", "--caption-column", "alt")
+    for arguments, message in (
+        (("folder", "nowhere", *to), "nowhere: not a folder"),
+        (("folder", "pictures", *to, "--samples-per-shard", "0"), "samples_per_shard is 0"),
+        (("table", "table.csv", "--images", "pictures", *columns, *to), "1 the image is a URL: nothing is downloaded"),
+        (("table", "table.csv", "--images", "pictures", *columns, *to, "--image-column", "x"), "no column 'x'"),
+        (("coyo", "--metadata", "pictures", "--images", "pictures"), "pictures: no .parquet file"),
+    ):
+        error, _ = make_shards(*arguments)
+        assert error.startswith("make_shards: ") and message in error and "\n" not in error, error
+
+
+def test_ctrl_c_says_how_to_go_on(make_shards, pictures, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aimv2.data.shard_writer.run_jobs", interrupt)
+    assert make_shards("folder", "pictures", "--out", "made")[0] == "make_shards: interrupted; the same command goes on"
+
+
 def test_what_there_is_to_make(make_shards):
     code, said = make_shards("--help")
-    assert code == 0 and "shapes" in said
+    assert code == 0 and all(name in said for name in ("shapes", "folder", "table", "huggingface", "coyo"))
     code, said = make_shards("shapes", "--help")
     assert code == 0 and "--samples-per-shard" in said
     assert make_shards()[0] == 2

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 MAX_AGE = 600.0  # seconds after which a file's size is asked for again
 SMALLEST_CACHE = 16  # blocks
+LARGEST_COPY = 1 << 28  # bytes; an index has about 70 a sample
 PARALLEL = 16  # requests of one process
 
 _RECORD = struct.Struct("<QQ16s")  # size, time it was asked for, version
@@ -131,6 +132,8 @@ class RemoteFiles:
             ShardError: as `read`.
         """
         file = self._file(url)
+        if file.size > LARGEST_COPY:
+            raise ShardError(f"{url}: {file.size} bytes, expected at most {LARGEST_COPY}")
         name = self._name(url, *file) + "-whole"
         if (path := self._cache.read_copy(name)) is not None:
             return path

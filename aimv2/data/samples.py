@@ -17,15 +17,7 @@ from aimv2.data.mixture import Mixture, MixtureChange, Source, weights_over_time
 from aimv2.data.remote import RemoteConfig, RemoteFiles
 from aimv2.data.shards import IMAGE_EXTENSIONS, DamagedMember, Sample, ShardError, Shards, expand_shards
 from aimv2.data.tokenizer import Tokenizer
-from aimv2.data.transforms import (
-    BadImage,
-    TransformConfig,
-    decode_image,
-    draft_size,
-    eval_transform,
-    resize_transform,
-    train_transform,
-)
+from aimv2.data.transforms import BadImage, TransformConfig, normalize_batch, training_image, validation_image
 
 MOST_ATTEMPTS = 8  # at replacing one sample
 
@@ -38,7 +30,7 @@ class Example(NamedTuple):
     """One sample, before it is put into a batch."""
 
     sample: int  # g
-    image: Tensor  # (3, S, S)
+    image: Tensor  # (3, S, S) uint8
     text: list[int]
     prefix_length: int
     replaced: list[Replaced]
@@ -91,7 +83,6 @@ class Samples(Dataset):
         self.shards = [Shards(expand_shards(s.shards, self._remote), _extensions(s), self._remote) for s in sources]
         (_, weights), *changed = weights_over_time(sources, changes)
         self.mixture = Mixture([len(s) for s in self.shards], weights, seed, changed)
-        self._draft_size = draft_size(transform) if training else None
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Example]:
         """Those of a batch, by the name that the data loader knows: what is far away is fetched all at once."""
@@ -126,7 +117,7 @@ class Samples(Dataset):
         lengths = [len(e.text) for e in examples]
         longest = self.context_length if self.pad_text_to_context else max(1, *lengths)
         return Batch(
-            image=torch.stack([e.image for e in examples]),
+            image=normalize_batch([e.image for e in examples], self.transform.mean, self.transform.std),
             text=torch.tensor([e.text + [self.tokenizer.pad_id] * (longest - len(e.text)) for e in examples]),
             text_length=torch.tensor(lengths),
             prefix_length=torch.tensor([e.prefix_length for e in examples]),
@@ -154,11 +145,9 @@ class Samples(Dataset):
         captions = _choose(sample, self.sources[source].caption_shares, rng if self.training else None)
         caption = captions[int(rng.integers(len(captions)))] if self.training else captions[0]
         text = self.tokenizer.encode(caption, self.context_length)
-        image = decode_image(sample.image, min_size=self.transform.min_size, draft_size=self._draft_size)
         if self.training:
-            return train_transform(image, self.transform, rng), text
-        whole = self.transform.crop_scale is None
-        return (resize_transform if whole else eval_transform)(image, self.transform), text
+            return training_image(sample.image, self.transform, rng), text
+        return validation_image(sample.image, self.transform), text
 
 
 def _extensions(source: Source) -> tuple[str, ...]:

@@ -7,13 +7,13 @@ The world itself is in `shapes_world`, what is said of it in `shapes_language`.
 
 import io
 import json
-import multiprocessing
-import os
-import tarfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
+from aimv2.data import shard_writer
+from aimv2.data.processes import run_jobs
 from aimv2.data.shapes_language import (
     Question,
     Reference,
@@ -25,6 +25,7 @@ from aimv2.data.shapes_language import (
     references,
 )
 from aimv2.data.shapes_world import COLOURS, SHAPES, SIZES, WORLDS, Object, Scene, World, render, scene, world
+from aimv2.data.shard_writer import RawSample
 
 __all__ = [
     "COLOURS",
@@ -79,9 +80,8 @@ def is_written(recipe: ShapesRecipe) -> bool:
         ValueError: the folder holds (or has begun to hold) the data of another recipe; names what differs.
     """
     folder = Path(recipe.folder)
-    for marker in _marked(folder):
-        _check_same(json.loads(marker.read_text()), _contents(recipe), marker)
-    return (folder / _DONE).is_file() and all((folder / name).is_file() for name, *_ in _shards(recipe))
+    complete = shard_writer.is_complete(folder, _contents(recipe))
+    return complete and all((folder / name).is_file() for name, *_ in _shards(recipe))
 
 
 def write_shards(recipe: ShapesRecipe, workers: int = 1, progress: Callable[[int], None] | None = None) -> Path:
@@ -99,37 +99,12 @@ def write_shards(recipe: ShapesRecipe, workers: int = 1, progress: Callable[[int
     if workers < 1:
         raise ValueError(f"workers is {workers}, expected at least 1")
     folder = Path(recipe.folder)
-    if not is_written(recipe):
-        folder.mkdir(parents=True, exist_ok=True)
-        strangers = [] if _marked(folder) else sorted(folder.glob("*.tar"))
-        if strangers:
-            raise ValueError(f"{folder} has {strangers[0].name} but no {_DONE}: expected an empty folder")
-        temporary = _temporary(folder / _BEGUN)
-        temporary.write_text(json.dumps(_contents(recipe), indent=2) + "\n")
-        os.replace(temporary, folder / _BEGUN)
-    jobs = [(recipe, *shard) for shard in _shards(recipe)]
-    if workers == 1:
-        _report(map(_write_shard, jobs), progress)
-    else:
-        # spawn: the caller may hold threads and a CUDA context, which do not survive a fork.
-        with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
-            _report(pool.imap_unordered(_write_shard, jobs), progress)
-    if (folder / _BEGUN).is_file():
-        os.replace(folder / _BEGUN, folder / _DONE)
-    return folder
-
-
-_BEGUN, _DONE = "recipe.unfinished.json", "recipe.json"
-
-
-def _marked(folder: Path) -> list[Path]:
-    return [folder / name for name in (_DONE, _BEGUN) if (folder / name).is_file()]
-
-
-def _report(counts, progress: Callable[[int], None] | None) -> None:
-    for count in counts:
+    shard_writer.begin(folder, _contents(recipe))
+    for count in run_jobs(partial(_write_shard, recipe), _shards(recipe), workers):
         if progress is not None:
             progress(count)
+    shard_writer.finish(folder)
+    return folder
 
 
 def _contents(recipe: ShapesRecipe) -> dict:
@@ -137,15 +112,6 @@ def _contents(recipe: ShapesRecipe) -> dict:
     fields = asdict(recipe)
     del fields["folder"]
     return {"world": "shapes", "version": VERSION, **fields}
-
-
-def _check_same(found: dict, expected: dict, marker: Path) -> None:
-    for name in {**expected, **found}:
-        if found.get(name) != expected.get(name):
-            raise ValueError(
-                f"{marker} says {name} = {found.get(name)!r}, the recipe says {expected.get(name)!r}: "
-                "write to another folder or remove this one"
-            )
 
 
 def _shards(recipe: ShapesRecipe) -> list[tuple[str, str, range]]:
@@ -158,24 +124,13 @@ def _shards(recipe: ShapesRecipe) -> list[tuple[str, str, range]]:
     ]
 
 
-def _write_shard(job: tuple[ShapesRecipe, str, str, range]) -> int:
-    recipe, name, split, indices = job
+def _write_shard(recipe: ShapesRecipe, shard: tuple[str, str, range]) -> int:
+    name, split, indices = shard
     path = Path(recipe.folder, name)
     if not path.is_file():
-        temporary = _temporary(path)
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for index in indices:
-                sample = encode_sample(scene(recipe.seed, split, index, recipe.difficulty))
-                for extension, data in sample.items():
-                    member = tarfile.TarInfo(f"{index:09d}.{extension}")  # mtime, owner and mode are constants
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-        os.replace(temporary, path)
+        scenes = (scene(recipe.seed, split, index, recipe.difficulty) for index in indices)
+        shard_writer.write_tar(path, (RawSample(f"{s.index:09d}", encode_sample(s)) for s in scenes))
     return len(indices)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def encode_sample(scene: Scene) -> dict[str, bytes]:

@@ -25,6 +25,11 @@ FORMAT = "aimv2 shard index 2"
 NO_FORMAT = 255  # of an image whose header cannot be read, or is not there
 
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
+_COLUMNS = dict.fromkeys(("key_end", "member_end", "block", "size", "crc32", "kept"), "U32")
+_COLUMNS |= dict.fromkeys(("keys", "extension", "image_format"), "U8")
+_COLUMNS |= dict.fromkeys(("width", "height", "caption_bytes"), "U16")
+_PER_ROW = ("key_end", "member_end", "width", "height", "image_format", "caption_bytes")
+_DIGESTED = ("block", "crc32", "extension", "key_end", "keys", "member_end", "size")
 _LONGEST_HEADER = 1 << 20  # bytes
 _NUMBERS, _TEXTS = ("samples", "rows", "source_size", "source_mtime_ns"), ("digest", "selection", "reason")
 
@@ -141,16 +146,31 @@ def read_index(shard: Path | str, columns: bool = True, path: Path | None = None
             meta = header.pop("__metadata__")
             if meta["format"] != FORMAT:
                 raise ValueError(f"format {meta['format']!r}, expected {FORMAT!r}")
-            return ShardIndex(
+            index = ShardIndex(
                 **{name: int(meta[name]) for name in _NUMBERS},
                 **{name: meta[name] for name in _TEXTS},
                 ignored=json.loads(meta["ignored"]),
                 columns=_map_columns(file.fileno(), 8 + length, header) if columns else {},
             )
+            if columns:
+                _check_columns(index)
+            if not 0 <= index.samples <= index.rows:
+                raise ValueError(f"{index.samples} samples of {index.rows} rows")
+            return index
     except FileNotFoundError:
         raise ShardError(f"{shard}: no index ({path.name}); build it first") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path}: not a usable index ({error}); delete it, and it is built again") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:
+        cure = "; delete it, and it is built again" if isinstance(shard, Path) else ""
+        where = path if isinstance(shard, Path) else f"{shard}.idx"
+        raise ShardError(f"{where}: not a usable index ({str(error)[:200]}){cure}") from None
+
+
+def digest_of(columns: dict[str, np.ndarray]) -> str:
+    """sha256 of the keys, places, sizes and crc32s."""
+    digest = hashlib.sha256()
+    for name in _DIGESTED:
+        digest.update(columns[name])
+    return digest.hexdigest()
 
 
 def _map_columns(fd: int, begin: int, header: dict) -> dict[str, np.ndarray]:
@@ -158,5 +178,30 @@ def _map_columns(fd: int, begin: int, header: dict) -> dict[str, np.ndarray]:
     columns = {}
     for name, info in header.items():
         (count,), (first, _) = info["shape"], info["data_offsets"]
-        columns[name] = np.frombuffer(memory, _DTYPES[info["dtype"]], count, begin + first)
+        if count < 0 or info["dtype"] != _COLUMNS[name]:
+            raise ValueError(f"column {name} of {count} {info['dtype']}, expected {_COLUMNS[name]}")
+        dtype = _DTYPES[info["dtype"]]
+        columns[name] = np.frombuffer(memory, dtype, count, begin + first) if count else np.empty(0, dtype)
     return columns
+
+
+def _check_columns(index: ShardIndex) -> None:
+    """That no row leads outside the columns: the IndexError would end whatever goes through the samples, unseen."""
+    columns = index.columns
+    per_row = {name: len(columns[name]) for name in _PER_ROW}
+    members, keys = len(columns["block"]), len(columns["keys"])
+    per_member = {name: len(columns[name]) for name in ("extension", "size", "crc32")}
+    if set(per_row.values()) != {index.rows} or set(per_member.values()) != {members}:
+        raise ValueError(f"columns of {per_row | per_member}, expected {index.rows} rows and {members} members")
+    for name, end in (("key_end", keys), ("member_end", members)):
+        if columns[name][-1] != end or (columns[name][1:] < columns[name][:-1]).any():
+            raise ValueError(f"column {name} does not lead to {end}")
+    if columns["extension"].max(initial=0) >= len(EXTENSIONS):
+        raise ValueError("an unknown extension")
+    if digest_of(columns) != index.digest:  # or an image might be read with its neighbour's caption
+        raise ValueError("its digest is not that of its columns")
+    kept = columns.get("kept", columns["key_end"][:0])
+    if "kept" in columns and hashlib.sha256(kept.tobytes()).hexdigest() != index.selection:
+        raise ValueError("its selection is not that of the rows kept")
+    if (len(kept) if "kept" in columns else index.rows) != index.samples or kept.max(initial=0) >= index.rows:
+        raise ValueError(f"the rows kept are not {index.samples} of {index.rows}")

@@ -84,11 +84,11 @@ def read_shard_list(location: str, remote: RemoteFiles | None = None) -> list[Sh
             raise ValueError(f"format {contents['format']!r}, expected {LIST_FORMAT!r}")
         entries = [(str(s["name"]), int(s["samples"]), str(s["digest"])) for s in contents["shards"]]
         for name, samples, _ in entries:
-            if not re.fullmatch(r"[^/\\\0]+\.tar", name) or samples < 0:
+            if not re.fullmatch(r"[^/\\\0]+\.tar", name) or not 0 <= samples < 2**32:
                 raise ValueError(f"{samples} samples of {name!r}, expected the name of a .tar beside the list")
     except FileNotFoundError:
         raise ShardError(f"{location}: no such file") from None
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError) as error:
         raise ShardError(f"{location}: not a usable list of shards ({error})") from None
     folder = location.rpartition("/")[0] if is_remote(location) else path.parent
     place = f"{folder}/{{}}".format if is_remote(location) else folder.joinpath

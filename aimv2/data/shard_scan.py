@@ -1,6 +1,5 @@
 """From a tar to its index: every member's place and crc32, and what the headers of its images say."""
 
-import hashlib
 import io
 import os
 import re
@@ -19,6 +18,7 @@ from aimv2.data.shard_index import (
     IMAGE_EXTENSIONS,
     NO_FORMAT,
     ShardIndex,
+    digest_of,
     index_path,
     read_index,
     write_index,
@@ -32,7 +32,6 @@ _KEY = re.compile(rb"((?:.*/)?[^./]+)[.]([^/]*)", re.DOTALL)  # no match: no ext
 _META = re.compile(rb"__[^/]*__($|/)")  # webdataset skips these
 _IMAGES = frozenset(IMAGE_EXTENSIONS)
 _MOST_16_BITS = 65_535
-_DIGESTED = ("block", "crc32", "extension", "key_end", "keys", "member_end", "size")
 _READ = 1 << 20  # bytes at a time
 
 
@@ -156,7 +155,7 @@ def scan_shard(shard: Path, fd: int) -> ShardIndex:
         rows=len(scan.keys),
         source_size=stat.st_size,
         source_mtime_ns=stat.st_mtime_ns,
-        digest=hashlib.sha256(b"".join(columns[name].tobytes() for name in _DIGESTED)).hexdigest(),
+        digest=digest_of(columns),
         selection="",
         reason="",
         ignored=dict(sorted(scan.ignored.items())),

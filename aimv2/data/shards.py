@@ -17,11 +17,13 @@ from aimv2.data.shard_index import EXTENSIONS, IMAGE_EXTENSIONS, ShardIndex, ind
 from aimv2.data.shard_list import ShardEntry, expand_shards
 from aimv2.data.shard_scan import build_index, renew_index
 from aimv2.data.tar import ShardError
+from aimv2.data.transforms import MOST_BYTES
 
 __all__ = ["DamagedMember", "Sample", "ShardError", "Shards", "ensure_indices", "expand_shards"]
 
 logger = logging.getLogger(__name__)
 
+MOST_TEXT_BYTES = 4 << 20  # of a txt or json; parsed, JSON may take 25 times its size
 OPEN_SHARDS = 64  # of one source in one process; two file descriptors each
 
 
@@ -109,6 +111,8 @@ class Shards(Sequence[Sample]):
         for extension, offset, size, crc32 in opened.index.members(row):
             if extension not in self._extensions:
                 continue
+            if size > _most_bytes(extension):
+                raise DamagedMember("over 32 MiB" if extension in IMAGE_EXTENSIONS else "a text over 4 MiB")
             try:
                 data = opened.read(offset, size)
             except OSError as error:
@@ -125,7 +129,8 @@ class Shards(Sequence[Sample]):
             return []
         index = self._open(shard).index
         members = index.members(index.row(place))
-        return [(location, offset, size) for extension, offset, size, _ in members if extension in self._extensions]
+        wanted = (member for member in members if member[0] in self._extensions)
+        return [(location, offset, size) for name, offset, size, _ in wanted if size <= _most_bytes(name)]
 
     def describe(self, number: int) -> str:
         """`SHARD: sample KEY`, for messages."""
@@ -150,7 +155,8 @@ class Shards(Sequence[Sample]):
                 self._opened.pop(next(iter(self._opened))).close()
             location = self.locations[shard]
             opened = _OpenShard(location, self._index(location), self._remote)
-            if opened.index.identity != self.digests[shard]:
+            count = int(self._ends[shard]) - (int(self._ends[shard - 1]) if shard else 0)
+            if (opened.index.identity, opened.index.samples) != (self.digests[shard], count):
                 opened.close()
                 raise ShardError(f"{location}: its index is another than when this began; was it prepared again?")
         self._opened[shard] = opened
@@ -198,6 +204,11 @@ class _OpenShard:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _most_bytes(extension: str) -> int:
+    """Members may be as large as 4 GiB."""
+    return MOST_BYTES if extension in IMAGE_EXTENSIONS else MOST_TEXT_BYTES
 
 
 def _put(sample: Sample, extension: str, data: bytes) -> None:

@@ -5,6 +5,7 @@ directory entry is refused: a shard has no use for links, devices or sparse file
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -62,6 +63,7 @@ def read_members(shard: Path, fd: int) -> Iterator[Member]:
             raise ShardError.at(shard, begin, f"a member of {size} bytes, but the file ends at byte {length}")
         if kind in (b"L", b"K", b"x", b"g"):
             extended |= _extended(shard, fd, kind, offset, size)
+            begin = None if kind == b"g" else begin  # that one is of no member
             continue
         name = extended.get(b"path") or _name(header)
         if kind in _PLAIN and not (kind == b"\0" and name.endswith(b"/")):
@@ -115,8 +117,8 @@ def _extended(shard: Path, fd: int, kind: bytes, offset: int, size: int) -> dict
     records = _pax_records(shard, data, offset)
     if any(key.startswith(b"GNU.sparse") for key in records) or (kind == b"g" and {b"path", b"size"} & set(records)):
         raise ShardError.at(shard, offset, "a sparse file, or one name or size for all members")
-    if not records.get(b"size", b"0").isdigit():
-        raise ShardError.at(shard, offset, f"a PAX size of {records[b'size']!r}")
+    if not re.fullmatch(rb"\d{1,20}", size := records.get(b"size", b"0")):
+        raise ShardError.at(shard, offset, f"a PAX size of {size[:40]!r}")
     return {key: value for key, value in records.items() if key in (b"path", b"size")}
 
 

@@ -30,7 +30,7 @@ def clean_caption(raw: str | bytes) -> str:
 
     Never raises on any content. Case and punctuation are kept. "" if fewer than three alphanumerics are left.
     """
-    text = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
+    text = raw[: 16 * MOST_CHARACTERS].decode("utf-8", "replace") if isinstance(raw, bytes) else raw
     text = text[: 4 * MOST_CHARACTERS]
     if not text.isascii() or any(sign in text for sign in "&<\x1b"):  # else nothing to repair, which is quick
         text = html.unescape(html.unescape(text))  # web captions are often escaped twice

@@ -1,5 +1,4 @@
 import io
-import math
 import struct
 import warnings
 import zlib
@@ -12,18 +11,20 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageOps
 from torchvision.transforms import Compose, InterpolationMode, Normalize, ToTensor, v2
 
+from aimv2.data import transforms
 from aimv2.data.transforms import (
     CLIP_MEAN,
     CLIP_STD,
     BadImage,
     TransformConfig,
     decode_image,
-    draft_size,
     eval_transform,
     normalize,
+    normalize_batch,
     random_crop,
     resize_transform,
-    train_transform,
+    training_image,
+    validation_image,
 )
 
 
@@ -42,6 +43,15 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 def difference(a: Image.Image, b: Image.Image) -> float:
     assert a.size == b.size and a.mode == b.mode == "RGB"
     return float(np.abs(np.asarray(a).astype(float) - np.asarray(b)).mean())
+
+
+@pytest.fixture(params=["simplejpeg", "pillow"])
+def decoder(request, monkeypatch):
+    """Both ways to the same pixels of an ordinary JPEG."""
+    if request.param == "pillow":
+        monkeypatch.setattr(transforms, "simplejpeg", None)
+    else:
+        pytest.importorskip("simplejpeg")
 
 
 # --- decoding -------------------------------------------------------------------------------------------------------
@@ -147,6 +157,35 @@ def bomb(side: int) -> bytes:
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
 NOISE = np.random.default_rng(0).bytes(5000)
 
+
+def header(width: int, height: int, mode: str) -> bytes:
+    """A JPEG of this mode that says it is large, and ends after a few blocks."""
+    data = bytearray(encode(Image.new(mode, (64, 64)), "JPEG"))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def many_scans(count: int) -> bytes:
+    """The last scan of a progressive JPEG, again and again: each passes over all pixels, and adds none."""
+    data = encode(picture(64, 48), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * count + data[-2:]
+
+
+def bmp_of_runs() -> bytes:
+    """Pillow decodes runs in Python: 50 megapixels in minutes."""
+    data = bytearray(encode(picture(64, 48).convert("P"), "BMP"))
+    data[30:34] = struct.pack("<I", 1)  # BI_RLE8
+    return bytes(data)
+
+
+def many_texts(count: int) -> bytes:
+    """Each inflates to a megabyte as soon as the file is opened."""
+    data, text = encode(picture(64, 48)), chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(1 << 20)))
+    return data[:33] + text * count + data[33:]
+
+
 HOSTILE = {
     "64 megapixels": (lambda: bomb(8_000), "over 50 megapixels"),
     "144 megapixels": (lambda: bomb(12_000), "over 50 megapixels"),
@@ -164,16 +203,50 @@ HOSTILE = {
     "small": (lambda: encode(picture(64, 31)), "a side under 32 pixels"),
     "long": (lambda: encode(picture(400, 39)), "an aspect ratio over 10"),
     "large file": (lambda: bytes((32 << 20) + 1), "over 32 MiB"),
+    "scans": (lambda: many_scans(100), "over 100 scans"),
+    "runs": (bmp_of_runs, "a BMP of runs"),
+    "texts": (lambda: many_texts(11), "over 10 compressed texts"),
 }
 
 
+@pytest.mark.parametrize("read", [decode_image, lambda data: training_image(data, TransformConfig(), None)])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_images_are_refused_with_a_reason(name):
+def test_hostile_images_are_refused_with_a_reason(name, read, monkeypatch):
+    """In training before a number is drawn (there is no generator), but for those that are cut off."""
     make, reason = HOSTILE[name]
+    monkeypatch.setattr(transforms, "random_crop", lambda size, *_: (0, 0, *size))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(BadImage, match=f"^({reason})"):
-            decode_image(make())
+            read(make())
+
+
+def test_a_few_scans_and_texts_are_usual():
+    for data in (many_scans(20), many_texts(9)):
+        assert decode_image(data).size == (64, 48)
+
+
+# Pixels times the bytes that Pillow needs for each (measured: 22.5 for a WebP with alpha, the most) against 290 MB.
+LARGE = {
+    "png": (bomb(3_480), "over 300 MB to decode"),
+    "a smaller png": (bomb(3_470), None),
+    "cmyk jpeg": (header(6_100, 6_100, "CMYK"), "over 300 MB to decode"),
+    "a smaller cmyk jpeg": (header(6_000, 6_000, "CMYK"), None),
+    "jpeg": (header(7_000, 7_000, "RGB"), "over 300 MB to decode"),
+    "a jpeg of a camera": (header(8_000, 6_000, "RGB"), None),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_a_training_image_may_cost(name):
+    """None has most of its pixels, and so none needs the memory to say so."""
+    data, reason = LARGE[name]
+    try:
+        training_image(data, TransformConfig(crop_scale=None, image_size=16, flip=0.0), None)
+    except BadImage as error:
+        assert str(error) == reason or (reason is None and str(error).startswith("undecodable"))
+    else:
+        assert reason is None
 
 
 def test_limits_are_inclusive():
@@ -220,14 +293,188 @@ def test_eval_transform_is_torchvisions(width, height, size):
     assert torch.equal(eval_transform(image, config), theirs(image))
 
 
-def test_train_transform_is_torchvisions_for_the_crop_that_was_drawn():
-    config, image = TransformConfig(image_size=40, flip=1.0), picture(120, 90)
-    left, top, right, bottom = random_crop(image.size, config.crop_scale, config.crop_ratio, np.random.default_rng(5))
-    cropped = v2.functional.resized_crop(
-        image, top, left, bottom - top, right - left, [40, 40], InterpolationMode.BICUBIC, antialias=True
+def resized(image: Image.Image, size: int) -> Image.Image:
+    """By Pillow, across and then down, as torch does. Left alone, Pillow resizes some tall images down first."""
+    across = image.resize((size, image.height), Image.Resampling.BICUBIC)
+    return across.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def pillows(data: bytes, config: TransformConfig, rng: np.random.Generator) -> Image.Image:
+    """A training image made of a whole decoded one, by Pillow."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    box = random_crop(image.size, config.crop_scale, config.crop_ratio, rng)
+    image = resized(image.crop(box), config.image_size)
+    return ImageOps.mirror(image) if rng.random() < config.flip else image
+
+
+def levels(found: torch.Tensor, expected: Image.Image) -> np.ndarray:
+    """Absolute differences."""
+    assert found.dtype == torch.uint8 and tuple(found.shape[1:]) == (expected.height, expected.width)
+    return np.abs(found.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected))
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    """The hardest to resize alike: everything is clipped somewhere."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_training_images_are_pillows_within_two_levels(decoder):
+    """The same crop and flip out of the same draws.
+
+    torch and Pillow both resize in integers, of other precision: each pass may differ by one level in 255, and rarely
+    does. Sides are under 2 S, or a JPEG would be decoded at 1/2.
+    """
+    config = TransformConfig(image_size=40)
+    for seed in range(60):
+        size, make = np.random.default_rng(seed).integers(32, 80, 2).tolist(), noise if seed % 2 else picture
+        data = encode(make(*size, seed), *(("JPEG",) if seed % 3 else ("PNG",)))
+        rng, theirs = np.random.default_rng(seed), np.random.default_rng(seed)
+        found, expected = training_image(data, config, rng), pillows(data, config, theirs)
+        assert levels(found, expected).max() <= 2 and levels(found, expected).mean() < 0.1
+        assert rng.bit_generator.state == theirs.bit_generator.state  # nothing else was drawn
+
+
+def test_training_images_are_torchvisions():
+    """Whichever way Pillow goes first; only what is clipped between the passes can depend on it."""
+    config = TransformConfig(image_size=40, flip=0.0)
+    for seed, size in enumerate([(120, 90), (90, 120), (60, 200), (200, 60), (33, 50), (41, 32)]):
+        image = picture(*size, seed)
+        box = random_crop(size, config.crop_scale, config.crop_ratio, np.random.default_rng(seed))
+        left, top, right, bottom = box
+        theirs = v2.functional.resized_crop(
+            image, top, left, bottom - top, right - left, [40, 40], InterpolationMode.BICUBIC, antialias=True
+        )
+        found = levels(training_image(encode(image), config, np.random.default_rng(seed)), theirs)
+        assert found.max() <= 2 and found.mean() < 0.1
+
+
+ORDINARY = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "no chroma subsampling": {"subsampling": 0},
+    "half of it": {"subsampling": 1},
+    "restart markers": {"restart_marker_rows": 1},
+    "optimized": {"optimize": True},
+    "low quality": {"quality": 5},
+    "rgb": {"keep_rgb": True},
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("name", ORDINARY)
+def test_simplejpeg_gives_pillows_pixels(name, mode, monkeypatch):
+    """Bit for bit: whether it is installed must not change a run."""
+    pytest.importorskip("simplejpeg")
+    config = TransformConfig(image_size=97, crop_scale=None, flip=0.0)
+    image = noise(97, 97).convert(mode)
+    data = encode(image, "JPEG", **({} if mode == "L" and name == "rgb" else ORDINARY[name]))
+    found = training_image(data, config, None)
+    monkeypatch.setattr(transforms, "simplejpeg", None)
+    assert torch.equal(found, training_image(data, config, None))
+    assert levels(found, Image.open(io.BytesIO(data)).convert("RGB")).max() == 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), progressive=st.booleans())
+def test_simplejpeg_and_pillow_refuse_the_same_damage(data, progressive):
+    pytest.importorskip("simplejpeg")
+    config = TransformConfig(image_size=48, crop_scale=None, flip=0.0)
+    content = bytearray(encode(picture(48, 48), "JPEG", progressive=progressive))
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = bytes(content[: data.draw(st.integers(1, len(content)))])
+    outcomes = []
+    for decoder in (transforms.simplejpeg, None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transforms, "simplejpeg", decoder)
+            try:
+                outcomes.append(training_image(content, config, None).tolist())
+            except BadImage as error:
+                outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("kind", ["baseline", "progressive"])
+def test_a_jpeg_cut_anywhere_is_refused(kind, decoder):
+    """A decoder that fills what is missing with grey would fail this. The last bytes may be no part of the picture."""
+    config = TransformConfig(image_size=32)
+    data = encode(noise(100, 80), "JPEG", progressive=kind == "progressive")
+    for length in range(0, len(data) - 100, 250):
+        with pytest.raises(BadImage):
+            training_image(data[:length], config, np.random.default_rng(0))
+
+
+def odd(name: str) -> bytes:
+    image = picture(72, 60)
+    if name == "16 bits":
+        return encode(Image.fromarray(np.linspace(0, 65535, 72 * 60).astype(np.uint16).reshape(60, 72)))
+    if name == "alpha":
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        return encode(image, "WEBP", lossless=True)
+    if name == "palette":
+        return encode(image.convert("P", palette=Image.Palette.ADAPTIVE), transparency=3)
+    return encode(image.convert("CMYK"), "JPEG")
+
+
+@pytest.mark.parametrize("name", ["16 bits", "alpha", "palette", "cmyk"])
+def test_odd_images_are_trained_on_as_decode_image_gives_them(name):
+    config = TransformConfig(image_size=40, flip=0.0)
+    image = decode_image(odd(name))
+    box = random_crop(image.size, config.crop_scale, config.crop_ratio, np.random.default_rng(3))
+    found = training_image(odd(name), config, np.random.default_rng(3))
+    assert levels(found, resized(image.crop(box), 40)).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_the_crop_is_of_the_upright_image(kind, orientation, decoder):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    config, data = TransformConfig(image_size=40), encode(picture(130, 70), kind, exif=exif)
+    found = training_image(data, config, np.random.default_rng(5))
+    assert levels(found, pillows(data, config, np.random.default_rng(5))).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_decoded_as_small_as_the_crop_allows(orientation, decoder, monkeypatch):
+    """At 1/2, 1/4 or 1/8, never below S pixels a side, and the same part of the image.
+
+    It is rounded to whole pixels of that scale. Half of one is 4 pixels at 1/8, and the picture changes by 1 level a
+    pixel: 3 on average is what rounding can do. Another crop differs by over 5.
+    """
+    decoded = []
+    resize = transforms._resize_pixels
+    monkeypatch.setattr(
+        transforms, "_resize_pixels", lambda pixels, s: decoded.append(pixels.shape) or resize(pixels, s)
     )
-    theirs = torchvision_normalize(config)(v2.functional.horizontal_flip(cropped))
-    assert torch.equal(train_transform(image, config, np.random.default_rng(5)), theirs)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture(1001, 799), "JPEG", quality=95, exif=exif)
+    scales = set()
+    for seed in range(20):
+        size = (48, 96, 192, 384)[seed % 4]
+        config = TransformConfig(image_size=size)
+        drawn = (1001, 799) if orientation == 1 else (799, 1001)
+        left, top, right, bottom = random_crop(drawn, config.crop_scale, config.crop_ratio, np.random.default_rng(seed))
+        found = training_image(data, config, np.random.default_rng(seed))
+        assert levels(found, pillows(data, config, np.random.default_rng(seed))).mean() < 3
+        assert levels(found, pillows(data, config, np.random.default_rng(seed + 1))).mean() > 5
+        scale = round((right - left) / decoded[-1][1])
+        scales.add(scale)
+        assert min(right - left, bottom - top) >= scale * size and min(decoded[-1][:2]) >= size - 1  # rounded
+        assert scale == 8 or min(right - left, bottom - top) < 2 * scale * size
+    assert scales == {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize("crop_scale", [None, (0.4, 1.0)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_validation_images_are_those_of_the_eval_transforms(kind, crop_scale):
+    """Bit for bit, normalised in a batch: what the Processor gives."""
+    config = TransformConfig(image_size=40, crop_scale=crop_scale)
+    files = [encode(picture(*size), kind) for size in ((72, 51), (40, 40), (33, 90))]
+    batch = normalize_batch([validation_image(data, config) for data in files], config.mean, config.std)
+    transform = eval_transform if crop_scale else resize_transform
+    assert torch.equal(batch, torch.stack([transform(decode_image(data), config) for data in files]))
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -274,10 +521,10 @@ def test_crops_lie_inside(width, height, seed):
 def test_flips_come_as_often_as_asked():
     """Binomial, 1,000 draws at 0.3: deviation 14.5, bound 5 deviations."""
     config, image = TransformConfig(image_size=32, crop_scale=None, flip=0.3), picture(32, 32)
-    plain, rng = normalize(image, config.mean, config.std), np.random.default_rng(0)
+    data, plain, rng = encode(image), torch.from_numpy(np.array(image)).permute(2, 0, 1), np.random.default_rng(0)
     flipped = 0
     for _ in range(1000):
-        found = train_transform(image, config, rng)
+        found = training_image(data, config, rng)
         flipped += torch.equal(found, plain.flip(-1))
         assert torch.equal(found, plain) or torch.equal(found, plain.flip(-1))
     assert abs(flipped - 300) < 5 * 14.5
@@ -286,25 +533,31 @@ def test_flips_come_as_often_as_asked():
 def test_without_a_crop_the_whole_image_is_resized():
     config = TransformConfig(image_size=32, crop_scale=None, flip=0.0)
     wide = picture(96, 40)
-    expected = normalize(wide.resize((32, 32), Image.Resampling.BICUBIC), config.mean, config.std)
-    assert torch.equal(train_transform(wide, config, np.random.default_rng(0)), expected)
-    assert torch.equal(resize_transform(wide, config), expected)
-
-
-def test_the_draft_never_makes_a_crop_smaller_than_the_result():
-    config = TransformConfig(image_size=64)
-    shortest = draft_size(config)
-    assert shortest == math.ceil(64 / math.sqrt(0.4 * 0.75))
-    for seed in range(500):
-        size = (shortest, shortest + seed % 60)
-        left, top, right, bottom = random_crop(size, config.crop_scale, config.crop_ratio, np.random.default_rng(seed))
-        assert min(right - left, bottom - top) >= 64
+    expected = wide.resize((32, 32), Image.Resampling.BICUBIC)
+    assert levels(training_image(encode(wide), config, None), resized(wide, 32)).max() <= 1
+    assert torch.equal(resize_transform(wide, config), normalize(expected, config.mean, config.std))
 
 
 def test_nothing_is_drawn_from_the_global_generators():
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    train_transform(picture(64, 64), TransformConfig(image_size=32), np.random.default_rng(0))
+    training_image(encode(picture(64, 64)), TransformConfig(image_size=32), np.random.default_rng(0))
     assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(before[1], np.random.get_state()[1])
+
+
+def test_a_batch_made_in_a_worker_is_shared():
+    """Else it would be copied once more on its way to the main process."""
+
+    class Batches(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, _):
+            batch = normalize_batch([torch.arange(48, dtype=torch.uint8).view(3, 4, 4)] * 2, CLIP_MEAN, CLIP_STD)
+            return batch, batch.is_shared()
+
+    load = torch.utils.data.DataLoader(Batches(), batch_size=None, num_workers=1)
+    (batch, shared), (plain, not_shared) = next(iter(load)), Batches()[0]
+    assert shared and not not_shared and torch.equal(batch, plain)
 
 
 CHANGES = [
