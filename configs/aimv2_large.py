@@ -47,13 +47,13 @@ def config() -> TrainConfig:
             train=[
                 Source(
                     name="dfn",
-                    shards="data/dfn2b/shards.json",
+                    shards="data/dfn2b/shards.list",
                     weight=0.60,
                     captions={"txt": 0.5, "json:synthetic_captions": 0.5},
                 ),
-                Source(name="coyo", shards="data/coyo700m/shards.json", weight=0.09),
+                Source(name="coyo", shards="data/coyo700m/shards.list", weight=0.09),
             ],
-            validation=Source(name="coyo", shards="data/coyo700m_validation/shards.json"),
+            validation=Source(name="coyo", shards="data/coyo700m_validation/shards.list"),
             tokenizer="tokenizers/siglip/spiece.model",
             transform=TransformConfig(
                 image_size=224, crop_scale=(0.4, 1.0), flip=0.5, mean=IMAGENET_MEAN, std=IMAGENET_STD

@@ -16,20 +16,20 @@ from typing import ClassVar
 
 from tqdm import tqdm
 
-from aimv2.data import coyo as coyo_metadata
-from aimv2.data.downloads import is_download
-from aimv2.data.folders import ImageFolder
-from aimv2.data.huggingface import ImageSet
-from aimv2.data.measures import MeasureConfig
-from aimv2.data.pairs import SAMPLES_PER_SHARD, Packing
-from aimv2.data.prepare import PrepareConfig
-from aimv2.data.prepare import prepare as prepare_folder
 from aimv2.data.processes import LostProcess
 from aimv2.data.shapes import WORLDS, ShapesRecipe, write_shards
 from aimv2.data.shard_list import LIST_NAME
 from aimv2.data.shard_writer import SampleSource, is_written, report_path
 from aimv2.data.shard_writer import write_shards as write_samples
-from aimv2.data.tables import ImageTable
+from aimv2.ingest import coyo as coyo_metadata
+from aimv2.ingest.downloads import is_download
+from aimv2.ingest.folders import ImageFolder
+from aimv2.ingest.huggingface import ImageSet
+from aimv2.ingest.measures import MeasureConfig
+from aimv2.ingest.pairs import SAMPLES_PER_SHARD, Packing
+from aimv2.ingest.prepare import PrepareConfig
+from aimv2.ingest.prepare import prepare as prepare_folder
+from aimv2.ingest.tables import ImageTable
 
 FORMATTER = argparse.RawDescriptionHelpFormatter
 
@@ -247,7 +247,7 @@ def add_measures(parser: argparse.ArgumentParser) -> None:
 def prepare(arguments: argparse.Namespace) -> None:
     """Index, check, measure and filter the shards of a folder. The tars are only read.
 
-    What the filters leave is written into the indices (00000.tar.idx) and listed in FOLDER/shards.json. Run it again
+    What the filters leave is written into the indices (00000.tar.idx) and listed in FOLDER/shards.list. Run it again
     with other filters, or with --all: nothing is measured twice. By default only what cannot be used is dropped: images
     that cannot be decoded, samples without a caption, and those over --nsfw. Captions that clean to nothing are counted
     and their samples kept, to be trained on for the pixels.
@@ -293,9 +293,9 @@ def run_prepare(arguments: argparse.Namespace, **choices) -> None:
         print(line)
     print(report.summary())
     if not report.selection.kept:
-        sys.exit(f"make_shards: {arguments.folder}: no sample is left; its indices and shards.json are as they were")
+        sys.exit(f"make_shards: {arguments.folder}: no sample is left; its indices and shards.list are as they were")
     out = report.folder / "prepared"
-    print(f"\n{report.folder / 'shards.json'}\n{out / 'report.md'}\n{out / 'samples.png'}\n{out / 'histograms.png'}")
+    print(f"\n{report.folder / 'shards.list'}\n{out / 'report.md'}\n{out / 'samples.png'}\n{out / 'histograms.png'}")
     if report.damage:
         sys.exit(1)
 

@@ -1,6 +1,6 @@
 """Train a sentencepiece tokenizer from captions.
 
-python scripts/train_tokenizer.py --captions data/pairs/shards.json --vocab-size 32000 --out tokenizers/pairs \\
+python scripts/train_tokenizer.py --captions data/pairs/shards.list --vocab-size 32000 --out tokenizers/pairs \\
     --source "web image captions" --licence CC-BY-4.0
 """
 
@@ -28,7 +28,7 @@ def main() -> None:
         required=True,
         nargs="+",
         metavar="FILES",
-        help="paths or globs: .tar (its .txt members, or --column of its .json members), a shards.json (the samples "
+        help="paths or globs: .tar (its .txt members, or --column of its .json members), a shards.list (the samples "
         "kept of its shards), .txt (one caption a line), .jsonl or .parquet (--column)",
     )
     parser.add_argument("--column", metavar="NAME", help="field with a caption or a list of captions")
@@ -77,7 +77,7 @@ def read_captions(files: list[Path], column: str | None) -> Iterator[str | bytes
     """Every caption of the files, in their order."""
     readers = {
         ".tar": _read_tar,
-        ".json": _read_list,
+        ".list": _read_list,
         ".txt": _read_text,
         ".jsonl": _read_jsonl,
         ".parquet": _read_parquet,

@@ -35,7 +35,10 @@ def place(tmp_path, monkeypatch) -> Path:
     made.images.rename(tmp_path / "downloaded")
     for folder in ("photos", "pairs"):
         (tmp_path / folder).mkdir()
-    with open(tmp_path / "captions.csv", "w", newline="") as table, open(tmp_path / "pairs/metadata.jsonl", "w") as lines:
+    with (
+        open(tmp_path / "captions.csv", "w", newline="") as table,
+        open(tmp_path / "pairs/metadata.jsonl", "w") as lines,
+    ):
         rows = csv.writer(table)
         rows.writerow(["file", "caption"])
         for i in range(12):
@@ -79,8 +82,8 @@ def test_every_block_does_what_it_says(place):
     assert (place / "runs" / "coyo-small" / "export" / "model.safetensors").is_file()
     assert json.loads((place / "runs/coyo-small/metrics.jsonl").read_text().splitlines()[-1])["step"] == 10
     for written in ("photos", "captions", "pairs"):
-        assert Source(name="x", shards=f"data/{written}/shards.json")
-        assert (place / "data" / written / "shards.json").is_file()
+        assert Source(name="x", shards=f"data/{written}/shards.list")
+        assert (place / "data" / written / "shards.list").is_file()
 
 
 def test_img2dataset_has_these_options():

@@ -14,8 +14,20 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = [
     {"patches", "masks", "positions", "layers", "losses", "config", "manifest", "weights"},
-    {"encoder", "decoder", "text_encoder", "lit", "flops", "data", "optim", "logger", "preprocessing", "processor"},
-    {"objectives", "layouts", "features", "exports", "evals", "hub", "pretrained", "tower"},
+    {
+        "encoder",
+        "decoder",
+        "text_encoder",
+        "lit",
+        "flops",
+        "data",
+        "ingest",
+        "optim",
+        "logger",
+        "preprocessing",
+        "processor",
+    },
+    {"ingest", "objectives", "layouts", "features", "exports", "evals", "hub", "pretrained", "tower"},
     {"engine", "checkpoint"},
     {"train"},
     {""},  # the package itself, whose conveniences may load anything and which no module may use

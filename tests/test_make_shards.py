@@ -85,7 +85,7 @@ def pictures(tmp_path):
 
 
 def captions(folder):
-    return [sample.text for sample in Shards(expand_shards(f"{folder}/shards.json"))]
+    return [sample.text for sample in Shards(expand_shards(f"{folder}/shards.list"))]
 
 
 def test_a_folder_to_shards_that_training_reads(make_shards, pictures):
@@ -103,7 +103,7 @@ def test_the_same_command_again_changes_nothing_not_even_the_filters(make_shards
     make_shards("prepare", "made", "--keep", "caption_characters > 13", "--workers", "1")
     assert captions(tmp_path / "made") == [b"a blue picture"]
     code, said = make_shards(*command)
-    assert code is None and "kept 2 of 3 samples" in said and "made/shards.json is as it was" in said
+    assert code is None and "kept 2 of 3 samples" in said and "made/shards.list is as it was" in said
     assert captions(tmp_path / "made") == [b"a blue picture"]
 
 
@@ -146,7 +146,7 @@ def test_coyo_from_the_download_to_what_training_reads(make_shards, tmp_path):
     keep = ("--keep", "clip_similarity_vitl14 >= quantile:0.5", "--no-decode", "--no-phash")
     assert make_shards("prepare", "coyo", "--workers", "1", *keep)[0] is None
     scores = sorted(made.rows[i]["clip_similarity_vitl14"] for ids in made.shards.values() for i in ids)
-    kept = [json.loads(sample.json) for sample in Shards(expand_shards("coyo/shards.json"))]
+    kept = [json.loads(sample.json) for sample in Shards(expand_shards("coyo/shards.list"))]
     assert abs(len(kept) - samples / 2) <= 1  # a median of one's own
     assert min(record["clip_similarity_vitl14"] for record in kept) >= scores[samples // 2 - 1]
 

@@ -85,8 +85,8 @@ def test_every_kind_of_input_gives_the_same_tokenizer(train, tmp_path):
     for arguments in (
         ("--captions", "a-*.tar"),
         ("--captions", "a-0.tar", "a-1.tar", "--column", "caption"),
-        ("--captions", "shards.json"),
-        ("--captions", "shards.json", "--column", "caption"),
+        ("--captions", "shards.list"),
+        ("--captions", "shards.list", "--column", "caption"),
         ("--captions", "a.txt"),
         ("--captions", "a.jsonl", "--column", "caption"),
         ("--captions", "a.parquet", "--column", "caption"),

@@ -24,7 +24,7 @@ class Source:
     """One set of shards in a mixture."""
 
     name: str
-    shards: str  # glob, range in braces or list: "data/coyo/{00000..00127}.tar", "data/coyo/shards.json"
+    shards: str  # glob, range in braces or list: "data/coyo/{00000..00127}.tar", "data/coyo/shards.list"
     weight: float = 1.0  # share of the samples, relative to the other sources; 0: none, until a change of the mixture
     # "txt"; "json:KEY", a string or a list of which one is drawn; {either: probability}, drawn among those that the
     # sample has; None: images only

@@ -1,6 +1,6 @@
 """Which shards there are: a glob, a range in braces, or a list that `make_shards.py prepare` wrote.
 
-A list, `shards.json`, has names relative to its own folder, and how many samples of each shard are kept; so a run whose
+A list, `shards.list`, has names relative to its own folder, and how many samples of each shard are kept; so a run whose
 shards are far away starts without opening each. Local paths, and URLs where a `RemoteFiles` allows them.
 """
 
@@ -16,7 +16,7 @@ from aimv2.data.remote import RemoteFiles, is_remote
 from aimv2.data.shard_index import read_index
 from aimv2.data.tar import ShardError
 
-LIST_NAME = "shards.json"
+LIST_NAME = "shards.list"
 LIST_FORMAT = "aimv2 shards 1"
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -31,7 +31,7 @@ class ShardEntry(NamedTuple):
 
 
 def expand_shards(pattern: str, remote: RemoteFiles | None = None) -> list[Path | str | ShardEntry]:
-    """The shards that a pattern stands for: `data/*.tar`, `data/{000..127}.tar`, `data/shards.json`, or such URLs.
+    """The shards that a pattern stands for: `data/*.tar`, `data/{000..127}.tar`, `data/shards.list`, or such URLs.
 
     A glob and a range are sorted, a list keeps its order.
 
@@ -48,7 +48,7 @@ def expand_shards(pattern: str, remote: RemoteFiles | None = None) -> list[Path 
     else:
         remote.check(pattern)
         paths = _expand_braces(pattern)
-    if pattern.endswith(".json"):
+    if pattern.endswith(".list"):
         return read_shard_list(pattern, remote)
     if is_remote(pattern):
         return sorted(set(paths))
@@ -59,7 +59,7 @@ def expand_shards(pattern: str, remote: RemoteFiles | None = None) -> list[Path 
 
 
 def write_shard_list(folder: Path, names: Sequence[str]) -> Path:
-    """Write `folder`/shards.json of these tars, as their indices are now, whole or not at all, and return its path."""
+    """Write `folder`/shards.list of these tars, as their indices are now, whole or not at all, and return its path."""
     shards = []
     for name in names:
         index = read_index(folder / name, columns=False)

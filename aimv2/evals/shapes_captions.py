@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from aimv2.data.loader import DataConfig, validation_loader
-from aimv2.data.shapes import parse_caption
 from aimv2.data.remote import RemoteFiles
+from aimv2.data.shapes import parse_caption
 from aimv2.data.shards import Shards, expand_shards
 from aimv2.data.tokenizer import Tokenizer
 from aimv2.evals.harness import at_rest, sum_over_ranks

@@ -265,24 +265,24 @@ LISTS = {
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_a_list_with_a_hostile_entry(shard, name):
-    path = shard.with_name("shards.json")
+    path = shard.with_name("shards.list")
     shards = [GOOD, GOOD | {"name": "b.tar"} | ENTRIES[name]]
     path.write_text(json.dumps({"format": "aimv2 shards 1", "shards": shards}))
-    with pytest.raises(ShardError, match=r"shards\.json"):
+    with pytest.raises(ShardError, match=r"shards\.list"):
         Shards(expand_shards(str(path)))
 
 
 @pytest.mark.parametrize("name", LISTS)
 def test_a_list_that_is_none(shard, name):
-    path = shard.with_name("shards.json")
+    path = shard.with_name("shards.list")
     path.write_bytes(LISTS[name])
-    with pytest.raises(ShardError, match=r"shards\.json"):
+    with pytest.raises(ShardError, match=r"shards\.list"):
         expand_shards(str(path))
 
 
 def test_a_list_that_lies(shard):
     """About the digest, the number of samples, or a shard that is not there: found when it is read, not believed."""
-    path = shard.with_name("shards.json")
+    path = shard.with_name("shards.list")
     identity = Shards([shard]).digests[0]
     for change in ({"digest": "x"}, {"digest": identity, "samples": 1000}, {"name": "b.tar"}):
         path.write_text(json.dumps({"format": "aimv2 shards 1", "shards": [GOOD | change]}))

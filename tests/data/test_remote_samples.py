@@ -37,7 +37,7 @@ def config(tmp_path, monkeypatch) -> DataConfig:
     write_shard_list(tmp_path, ["0.tar", "1.tar", "2.tar"])
     train_tokenizer([f"caption {i}" for i in range(100)], tmp_path / "tokenizer", 32, source="this", licence="none")
     return DataConfig(
-        train=[Source(name="a", shards=f"{tmp_path}/shards.json")],
+        train=[Source(name="a", shards=f"{tmp_path}/shards.list")],
         tokenizer=f"{tmp_path}/tokenizer",
         transform=TransformConfig(image_size=32),
         workers=0,
@@ -69,7 +69,7 @@ def batches(config: DataConfig) -> list[tuple]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("shards", ["shards.json", "{0..2}.tar"])
+@pytest.mark.parametrize("shards", ["shards.list", "{0..2}.tar"])
 def test_the_same_samples(config, server, tmp_path, shards, workers):
     remote = far(config, server, tmp_path / "cache", shards, workers)
     for here, there in zip(batches(config), batches(remote), strict=True):
@@ -79,21 +79,21 @@ def test_the_same_samples(config, server, tmp_path, shards, workers):
 
 
 def test_a_list_is_all_that_is_read_at_the_start(config, server, tmp_path):
-    expanded = far(config, server, tmp_path / "cache", "shards.json")
+    expanded = far(config, server, tmp_path / "cache", "shards.list")
     train_loader(expanded, patch_size=8, micro_batch=4, start=0, seed=0, rank=0, world_size=1)
-    assert {path for _, path, _ in server.seen} == {"/plain/shards.json"}
+    assert {path for _, path, _ in server.seen} == {"/plain/shards.list"}
 
 
 def test_what_cannot_be_read_from_a_server(config, server, tmp_path):
     for shards, message in (
         ("*.tar", "a server can't be asked for a glob"),
         ("{0..3}.tar", r"3\.tar.*404"),
-        ("../shards.json", "may not be read"),
-        ("none.json", "404"),
+        ("../shards.list", "may not be read"),
+        ("none.list", "404"),
     ):
         with pytest.raises(ShardError, match=message):
             batches(far(config, server, tmp_path / "cache", shards))
-    config.train[0].shards = f"{server.url}plain/shards.json"
+    config.train[0].shards = f"{server.url}plain/shards.list"
     with pytest.raises(ShardError, match=r"not a local path; what may be read from elsewhere is said by data\.remote"):
         batches(config)
 
@@ -101,4 +101,4 @@ def test_what_cannot_be_read_from_a_server(config, server, tmp_path):
 def test_a_shard_that_is_another_than_its_index(config, server, tmp_path):
     server.files["2.tar"] += bytes(512)
     with pytest.raises(ShardError, match=r"2\.tar: its index is stale: made for \d+ bytes, found \d+"):
-        batches(far(config, server, tmp_path / "cache", "shards.json"))
+        batches(far(config, server, tmp_path / "cache", "shards.list"))

@@ -374,7 +374,7 @@ def test_a_list_of_shards(tmp_path):
     select_rows(paths[2], np.array([2]))
     (tmp_path / "unlisted.tar").touch()
     path = write_shard_list(tmp_path, ["2.tar", "0.tar", "1.tar"])
-    assert path == tmp_path / "shards.json"
+    assert path == tmp_path / "shards.list"
     entries = expand_shards(str(path))
     assert [(e.location, e.samples) for e in entries] == [(paths[2], 1), (paths[0], 3)]
     assert ensure_indices(entries) == 0
@@ -409,11 +409,11 @@ def test_a_list_of_shards(tmp_path):
     ],
 )
 def test_lists_that_are_refused(tmp_path, text):
-    (tmp_path / "shards.json").write_text(text)
-    with pytest.raises(ShardError, match=r"shards\.json: (not a usable list of shards|no sample is left)"):
-        expand_shards(f"{tmp_path}/shards.json")
+    (tmp_path / "shards.list").write_text(text)
+    with pytest.raises(ShardError, match=r"shards\.list: (not a usable list of shards|no sample is left)"):
+        expand_shards(f"{tmp_path}/shards.list")
     with pytest.raises(ShardError, match="no such file"):
-        expand_shards(f"{tmp_path}/other.json")
+        expand_shards(f"{tmp_path}/other.list")
 
 
 # --- headers --------------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aimv2.data import metadata
-from aimv2.data.metadata import find_rows, join_values, matches, places_in, read_schema, search_parts
+from aimv2.ingest import metadata
+from aimv2.ingest.metadata import find_rows, join_values, matches, places_in, read_schema, search_parts
 
 SCHEMA = pa.schema([("id", pa.int64()), ("url", pa.string()), ("score", pa.float64())])
 

@@ -18,13 +18,13 @@ pytest.importorskip("tqdm")
 pytest.importorskip("sentencepiece")
 pytest.importorskip("matplotlib")
 
-from aimv2.data import prepare as prepare_module
-from aimv2.data.measures import MeasureConfig
-from aimv2.data.prepare import PrepareConfig, prepare
 from aimv2.data.shard_index import index_path, read_index
-from aimv2.data.shard_measures import measures_path
 from aimv2.data.shards import Shards, ensure_indices, expand_shards
 from aimv2.data.tar import BLOCK
+from aimv2.ingest import prepare as prepare_module
+from aimv2.ingest.measures import MeasureConfig
+from aimv2.ingest.prepare import PrepareConfig, prepare
+from aimv2.ingest.shard_measures import measures_path
 
 IMAGE = picture(0)
 BLOCKS = 1 + -(-len(IMAGE) // BLOCK)  # of the member with the image: header and contents
@@ -66,13 +66,13 @@ def no_pictures(monkeypatch):
 
 def keys(folder) -> list[str]:
     """What training would read."""
-    return [sample.key for sample in Shards(expand_shards(str(folder / "shards.json")))]
+    return [sample.key for sample in Shards(expand_shards(str(folder / "shards.list")))]
 
 
 def state(folder) -> dict:
     """What the indices and the list say."""
     indices = [read_index(tar, columns=False) for tar in sorted(folder.glob("*.tar"))]
-    return {"indices": [(i.identity, i.reason) for i in indices], "list": (folder / "shards.json").read_text()}
+    return {"indices": [(i.identity, i.reason) for i in indices], "list": (folder / "shards.list").read_text()}
 
 
 def report_of(folder) -> dict:
@@ -150,7 +150,7 @@ def test_img2dataset_sums_up_and_prepares(make_shards, no_pictures, coyo):
     contents = report_of(coyo.images)
     assert contents["download"]["successes"] == contents["samples"] == contents["kept"] == successes
     assert contents["shards"] == {"found": 8, "prepared": 7, "unfinished": ["00007.tar"]}
-    assert sorted(json.loads((coyo.images / "shards.json").read_text())["shards"], key=lambda s: s["name"]) == [
+    assert sorted(json.loads((coyo.images / "shards.list").read_text())["shards"], key=lambda s: s["name"]) == [
         {"name": f"{name}.tar", "samples": len(ids), "digest": read_index(coyo.images / f"{name}.tar").identity}
         for name, ids in sorted(coyo.shards.items())
     ]
@@ -246,7 +246,7 @@ def test_nothing_but_damage(make_shards, tmp_path):
     (tmp_path / "a.tar").write_bytes(b"no tar")
     code, said = make_shards("prepare", tmp_path, "--workers", 1, "--keep", "aspect < quantile:0.5")
     assert "no sample is left" in code and f"{tmp_path / 'a.tar'}: byte 0: " in said
-    assert not (tmp_path / "shards.json").exists()
+    assert not (tmp_path / "shards.list").exists()
 
 
 def test_bytes_that_rot_are_found_when_asked_for_and_stay_dropped(make_shards, no_pictures, tmp_path):
@@ -274,7 +274,7 @@ def test_other_filters_measure_nothing_again_and_all_brings_everything_back(no_p
     assert sum(now for what, now, _ in done if what == "measure") == 12
     assert {of for what, _, of in done if what == "index"} == {sum(p.stat().st_size for p in tmp_path.glob("*.tar"))}
     first = state(tmp_path)
-    monkeypatch.setattr("aimv2.data.shard_measures.measure_image", None)  # whoever calls it now fails
+    monkeypatch.setattr("aimv2.ingest.shard_measures.measure_image", None)  # whoever calls it now fails
     written = []
     for _ in range(2):
         report = prepare(tmp_path, PrepareConfig(keep=("image_bytes > quantile:0.5",)))
@@ -334,7 +334,7 @@ def test_a_crash_at_any_write_leaves_whole_indices_and_no_wrong_list(no_pictures
         finally:
             monkeypatch.setattr(os, "replace", replace)
         kept = [read_index(tmp_path / f"{n}.tar").samples for n in range(2)]
-        if (tmp_path / "shards.json").exists():
+        if (tmp_path / "shards.list").exists():
             assert kept == [4, 4] and len(keys(tmp_path)) == 8  # nothing has been changed yet
         assert prepare(tmp_path, config).selection.kept == expected
         assert state(tmp_path) == whole
@@ -349,7 +349,7 @@ def test_captions_elsewhere_and_nowhere(make_shards, no_pictures, tmp_path):
     write_samples(tmp_path / "0.tar", samples)
     code, said = make_shards("prepare", tmp_path, "--workers", 1)
     assert "no sample is left" in code and "no caption" in said
-    assert not (tmp_path / "shards.json").exists() and read_index(tmp_path / "0.tar").kept is None
+    assert not (tmp_path / "shards.list").exists() and read_index(tmp_path / "0.tar").kept is None
     assert make_shards("prepare", tmp_path, "--workers", 1, "--captions", "json:long", "--captions", "txt")[0] is None
     assert keys(tmp_path) == ["000001", "000003", "000005"]
     assert report_of(tmp_path)["captions"] == {"json:long": 3, "txt": 0}
@@ -374,4 +374,4 @@ def test_errors_are_one_line(make_shards, tmp_path):
     ):
         error, _ = make_shards("prepare", tmp_path / arguments[0], "--workers", "1", *arguments[1:])
         assert error.startswith("make_shards: ") and message in error and "\n" not in error
-    assert not (tmp_path / "data" / "shards.json").exists()
+    assert not (tmp_path / "data" / "shards.list").exists()

@@ -18,12 +18,12 @@ import pytest
 from made_coyo import COLUMNS, SAVED, make_coyo
 from PIL import Image
 
-from aimv2.data import coyo
-from aimv2.data.coyo import join_coyo, report_path
-from aimv2.data.coyo_columns import columns_path
-from aimv2.data.shard_measures import numbers_path
-from aimv2.data.sidecars import read_sidecar
 from aimv2.data.tar import ShardError
+from aimv2.ingest import coyo
+from aimv2.ingest.coyo import join_coyo, report_path
+from aimv2.ingest.coyo_columns import columns_path
+from aimv2.ingest.shard_measures import numbers_path
+from aimv2.ingest.sidecars import read_sidecar
 
 
 @pytest.fixture(scope="module")

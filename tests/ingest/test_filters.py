@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from aimv2.data.filters import Filter, check_columns, find_thresholds
+from aimv2.ingest.filters import Filter, check_columns, find_thresholds
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def shards(monkeypatch):
     for table in tables:
         table["x"][rng.random(len(table["x"])) < 0.2] = np.nan
         table["empty"] = np.full(len(table["x"]), np.nan)
-    monkeypatch.setattr("aimv2.data.filters.open_columns", iter)
+    monkeypatch.setattr("aimv2.ingest.filters.open_columns", iter)
     return tables
 
 

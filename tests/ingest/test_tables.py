@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from aimv2.data.pairs import Packing
 from aimv2.data.shard_writer import write_shards
 from aimv2.data.shards import Shards
-from aimv2.data.tables import ImageTable
+from aimv2.ingest.pairs import Packing
+from aimv2.ingest.tables import ImageTable
 
 ROWS = [
     {"path": "a.jpg", "alt": 'a &amp;#39;dog, "Rex"', "long": "a dog\nin a garden", "n": 1},

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from aimv2.data.duplicates import Repeats, repeated_hashes
-from aimv2.data.filters import Filter
-from aimv2.data.shard_columns import ShardColumns, open_columns
-from aimv2.data.shard_measures import HYGIENE
+from aimv2.ingest.duplicates import Repeats, repeated_hashes
+from aimv2.ingest.filters import Filter
+from aimv2.ingest.shard_columns import ShardColumns, open_columns
+from aimv2.ingest.shard_measures import HYGIENE
 
 DUPLICATES = ("bytes", "phash")  # same crc32 and size; same perceptual hash
 NO_CAPTION = "no caption"

@@ -15,7 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from aimv2.data.pairs import (
+from aimv2.data.shard_index import IMAGE_EXTENSIONS
+from aimv2.data.shard_writer import Dropped, RawSample, ShardJob
+from aimv2.data.transforms import MOST_BYTES, BadImage
+from aimv2.ingest.pairs import (
     MOST_TEXT_BYTES,
     Packing,
     Unusable,
@@ -25,9 +28,6 @@ from aimv2.data.pairs import (
     shard_name,
     split_captions,
 )
-from aimv2.data.shard_index import IMAGE_EXTENSIONS
-from aimv2.data.shard_writer import Dropped, RawSample, ShardJob
-from aimv2.data.transforms import MOST_BYTES, BadImage
 
 METADATA = "metadata.jsonl"
 

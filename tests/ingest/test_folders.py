@@ -5,10 +5,10 @@ import os
 import pytest
 from PIL import Image
 
-from aimv2.data.folders import ImageFolder
-from aimv2.data.pairs import Packing
 from aimv2.data.shard_writer import write_shards
 from aimv2.data.shards import Shards
+from aimv2.ingest.folders import ImageFolder
+from aimv2.ingest.pairs import Packing
 
 
 def encode(kind: str = "JPEG", colour: int = 0, size: tuple[int, int] = (64, 48)) -> bytes:

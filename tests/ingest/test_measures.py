@@ -9,7 +9,8 @@ from PIL import Image
 
 pytest.importorskip("sentencepiece")
 
-from aimv2.data.measures import (
+from aimv2.data.tokenizer import MOST_CHARACTERS, Tokenizer, clean_caption
+from aimv2.ingest.measures import (
     CaptionMeasures,
     MeasureConfig,
     find_caption,
@@ -19,7 +20,6 @@ from aimv2.data.measures import (
     parse_json,
     perceptual_hash,
 )
-from aimv2.data.tokenizer import MOST_CHARACTERS, Tokenizer, clean_caption
 
 
 def theirs(image: Image.Image) -> int:

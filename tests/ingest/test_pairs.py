@@ -7,8 +7,8 @@ from datetime import date
 import pytest
 from PIL import Image
 
-from aimv2.data.pairs import Packing, Unusable, as_captions, check_header, chunks, pack_pair, read_inside
 from aimv2.data.transforms import BadImage, decode_image
+from aimv2.ingest.pairs import Packing, Unusable, as_captions, check_header, chunks, pack_pair, read_inside
 
 
 def encode(kind: str = "JPEG", size: tuple[int, int] = (64, 48), mode: str = "RGB", **options) -> bytes:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from aimv2.data.downloads import Download
-from aimv2.data.selection import Selection
-from aimv2.data.shard_columns import open_columns
+from aimv2.ingest.downloads import Download
+from aimv2.ingest.selection import Selection
+from aimv2.ingest.shard_columns import open_columns
 
 FORMAT = "aimv2 preparation 1"
 QUANTILES = {"lowest": 0, "1 %": 0.01, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "99 %": 0.99, "highest": 1}

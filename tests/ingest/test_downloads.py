@@ -3,8 +3,8 @@ import json
 import pytest
 from made_coyo import make_coyo
 
-from aimv2.data.downloads import is_download, read_download
 from aimv2.data.tar import ShardError
+from aimv2.ingest.downloads import is_download, read_download
 
 
 def test_a_made_download(tmp_path):

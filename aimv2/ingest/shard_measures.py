@@ -11,7 +11,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from aimv2.data.measures import (
+from aimv2.data.shard_index import IMAGE_EXTENSIONS, NO_FORMAT, ShardIndex
+from aimv2.data.tar import ShardError
+from aimv2.data.tokenizer import Tokenizer
+from aimv2.data.transforms import FORMATS, MOST_BYTES
+from aimv2.ingest.measures import (
     CaptionMeasures,
     MeasureConfig,
     find_caption,
@@ -20,10 +24,6 @@ from aimv2.data.measures import (
     measure_image,
     parse_json,
 )
-from aimv2.data.shard_index import IMAGE_EXTENSIONS, NO_FORMAT, ShardIndex
-from aimv2.data.tar import ShardError
-from aimv2.data.tokenizer import Tokenizer
-from aimv2.data.transforms import FORMATS, MOST_BYTES
 
 try:
     import pyarrow as pa

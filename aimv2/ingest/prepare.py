@@ -1,6 +1,6 @@
 """A folder of shards made ready for training: indexed, measured, filtered. The tars are only read.
 
-What is left is written in this order: the rows kept into each index, the report, and last the list `shards.json`. An
+What is left is written in this order: the rows kept into each index, the report, and last the list `shards.list`. An
 old list is removed before the first index changes, so a preparation that was cut short can be seen: no list is there,
 and the same command again makes it.
 """
@@ -12,19 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from aimv2.data.downloads import is_download, read_download
-from aimv2.data.filters import Filter, check_columns, find_thresholds
-from aimv2.data.measures import MeasureConfig
 from aimv2.data.processes import run_jobs
-from aimv2.data.report_pictures import draw_histograms, draw_samples
-from aimv2.data.reports import Report, sample_values, write_report
-from aimv2.data.selection import DUPLICATES, Selection, select
-from aimv2.data.shard_columns import ShardColumns
 from aimv2.data.shard_index import read_index, select_rows
 from aimv2.data.shard_list import LIST_NAME, write_shard_list
-from aimv2.data.shard_measures import FOLDER, ShardMeasurer, measures_path, verify_shard
 from aimv2.data.shards import ensure_indices
 from aimv2.data.tar import ShardError
+from aimv2.ingest.downloads import is_download, read_download
+from aimv2.ingest.filters import Filter, check_columns, find_thresholds
+from aimv2.ingest.measures import MeasureConfig
+from aimv2.ingest.report_pictures import draw_histograms, draw_samples
+from aimv2.ingest.reports import Report, sample_values, write_report
+from aimv2.ingest.selection import DUPLICATES, Selection, select
+from aimv2.ingest.shard_columns import ShardColumns
+from aimv2.ingest.shard_measures import FOLDER, ShardMeasurer, measures_path, verify_shard
 
 NSFW = ("nsfw_score_opennsfw2", "nsfw_score_gantman")
 MOST_NSFW = 0.5  # COYO's own limit for either score (its data card, image level)

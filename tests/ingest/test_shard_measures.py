@@ -11,12 +11,12 @@ from made_tars import picture, write_samples
 
 pytest.importorskip("sentencepiece")
 
-from aimv2.data.measures import MeasureConfig, measure_caption, measure_image
-from aimv2.data.shard_columns import ShardColumns
-from aimv2.data.shard_measures import ShardMeasurer, measures_path, verify_shard
 from aimv2.data.shard_scan import build_index
 from aimv2.data.tar import ShardError
 from aimv2.data.transforms import FORMATS
+from aimv2.ingest.measures import MeasureConfig, measure_caption, measure_image
+from aimv2.ingest.shard_columns import ShardColumns
+from aimv2.ingest.shard_measures import ShardMeasurer, measures_path, verify_shard
 
 SAMPLES = [
     {"jpg": picture(0, (64, 48)), "txt": b"a dog", "json": b'{"score": 0.5, "long": "a big dog", "n": 1}'},
@@ -153,7 +153,7 @@ def test_members_that_are_not_what_was_indexed_are_named_with_their_place(shard)
 
 def test_members_that_nobody_would_read_are_not_read(shard, monkeypatch):
     index = build_index(shard)
-    monkeypatch.setattr("aimv2.data.shard_measures.MOST_BYTES", 1500)
+    monkeypatch.setattr("aimv2.ingest.shard_measures.MOST_BYTES", 1500)
     assert verify_shard(shard, index) == []  # in several reads
     ShardMeasurer(MeasureConfig()).measure(shard, index)
     large = [any(size > 1500 for _, _, size, _ in index.members(row)) for row in range(index.rows)]

@@ -9,7 +9,7 @@ from typing import Self
 
 import numpy as np
 
-from aimv2.data.shard_columns import open_columns
+from aimv2.ingest.shard_columns import open_columns
 
 OPERATORS = {
     ">=": operator.ge,

@@ -9,14 +9,14 @@ from PIL import Image
 pytest.importorskip("sentencepiece")
 pytest.importorskip("matplotlib")
 
-from aimv2.data import reports
-from aimv2.data.filters import Filter
-from aimv2.data.measures import MeasureConfig
-from aimv2.data.report_pictures import draw_histograms, draw_samples
-from aimv2.data.reports import Report, sample_values, table, write_report
-from aimv2.data.selection import Dropped, Selection, select
-from aimv2.data.shard_measures import ShardMeasurer
 from aimv2.data.shard_scan import build_index
+from aimv2.ingest import reports
+from aimv2.ingest.filters import Filter
+from aimv2.ingest.measures import MeasureConfig
+from aimv2.ingest.report_pictures import draw_histograms, draw_samples
+from aimv2.ingest.reports import Report, sample_values, table, write_report
+from aimv2.ingest.selection import Dropped, Selection, select
+from aimv2.ingest.shard_measures import ShardMeasurer
 
 
 def measured(folder, samples, shards=1, **config):
@@ -122,7 +122,7 @@ def test_samples_are_drawn_from_all_that_are_kept(tmp_path, monkeypatch):
     samples = [{"jpg": picture(0), "txt": b"a dog", "json": json.dumps({"n": i}).encode()} for i in range(40)]
     shards = measured(tmp_path, samples, shards=3, decode=False)
     selection = select(shards, [Filter.parse("n >= 20")])
-    from aimv2.data import report_pictures
+    from aimv2.ingest import report_pictures
 
     chosen = report_pictures._choose(selection)
     assert len(set(chosen)) == len(chosen) == 48 and all(20 <= row < 40 for _, row in chosen)

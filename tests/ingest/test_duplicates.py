@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aimv2.data.duplicates import Repeats, repeated_hashes
+from aimv2.ingest.duplicates import Repeats, repeated_hashes
 
 
 @settings(max_examples=300, deadline=None)

@@ -25,12 +25,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from aimv2.data.coyo_columns import FOLDER, Group, join_group, read_state
-from aimv2.data.downloads import Download, read_download
-from aimv2.data.metadata import matches, places_in, read_schema
 from aimv2.data.processes import run_jobs
-from aimv2.data.sidecars import read_sidecar
 from aimv2.data.tar import ShardError
+from aimv2.ingest.coyo_columns import FOLDER, Group, join_group, read_state
+from aimv2.ingest.downloads import Download, read_download
+from aimv2.ingest.metadata import matches, places_in, read_schema
+from aimv2.ingest.sidecars import read_sidecar
 
 PROBES = 8  # samples of a shard
 MOST_SAMPLES = 500_000  # joined at once by one process, which takes about 1 GB

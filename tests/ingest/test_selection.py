@@ -11,11 +11,11 @@ from made_tars import picture, write_samples
 
 pytest.importorskip("sentencepiece")
 
-from aimv2.data.filters import OPERATORS, Filter, find_thresholds
-from aimv2.data.measures import MeasureConfig
-from aimv2.data.selection import select
-from aimv2.data.shard_measures import ShardMeasurer, measures_path
 from aimv2.data.shard_scan import build_index
+from aimv2.ingest.filters import OPERATORS, Filter, find_thresholds
+from aimv2.ingest.measures import MeasureConfig
+from aimv2.ingest.selection import select
+from aimv2.ingest.shard_measures import ShardMeasurer, measures_path
 
 SIZES = (13, 1, 20, 9)
 PICTURES = [picture(seed, (40 + 9 * seed, 48)) for seed in range(6)]

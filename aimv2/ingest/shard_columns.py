@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from aimv2.data.shard_measures import FOLDER, HAS, JSON, measures_path, numbers_path
 from aimv2.data.tar import ShardError
+from aimv2.ingest.shard_measures import FOLDER, HAS, JSON, measures_path, numbers_path
 
 DERIVED = ("min_side", "aspect")
 GIVEN_PHASH = "image_phash"  # COYO's, 16 hex digits

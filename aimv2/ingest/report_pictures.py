@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from aimv2.data.filters import Filter
-from aimv2.data.measures import find_caption, parse_json
-from aimv2.data.selection import Selection
 from aimv2.data.shard_index import IMAGE_EXTENSIONS, read_index
 from aimv2.data.tokenizer import clean_caption
 from aimv2.data.transforms import BadImage, decode_image
+from aimv2.ingest.filters import Filter
+from aimv2.ingest.measures import find_caption, parse_json
+from aimv2.ingest.selection import Selection
 
 SAMPLES, ACROSS = 48, 8
 CELL, CAPTION, MARGIN = 2.0, 0.85, 0.08  # inches: side of a picture's place, height of its caption's, between them

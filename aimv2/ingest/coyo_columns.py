@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from aimv2.data.metadata import find_rows, join_values
-from aimv2.data.sidecars import Sidecar, read_sidecar
+from aimv2.ingest.metadata import find_rows, join_values
+from aimv2.ingest.sidecars import Sidecar, read_sidecar
 
 FOLDER = "prepared"  # where `prepare` looks for columns
 

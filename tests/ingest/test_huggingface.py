@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image as Picture
 
-from aimv2.data.huggingface import ImageSet
-from aimv2.data.pairs import Packing
 from aimv2.data.shard_writer import write_shards
 from aimv2.data.shards import Shards
+from aimv2.ingest.huggingface import ImageSet
+from aimv2.ingest.pairs import Packing
 
 datasets = pytest.importorskip("datasets")
 
@@ -95,8 +95,8 @@ def test_bytes_are_taken_as_the_set_has_them(tmp_path, rows, kind):
 
 PRINT_RECIPE = """
 import json, sys
-from aimv2.data.huggingface import ImageSet
-from aimv2.data.pairs import Packing
+from aimv2.ingest.huggingface import ImageSet
+from aimv2.ingest.pairs import Packing
 source = ImageSet(name=sys.argv[1], split="train", packing=Packing(samples_per_shard=2))
 print(json.dumps(source.recipe))
 """
