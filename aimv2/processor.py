@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aimv2.data.transforms import MOST_BYTES, decode_image, normalize, upright_rgb
+from aimv2.data.images import MOST_BYTES, decode_image, upright_rgb
+from aimv2.data.transforms import normalize
 from aimv2.preprocessing import INTERPOLATIONS, ProcessorConfig
 
 MOST_ASPECT = 200  # a column of 1 x 100,000 pixels, shortest edge to 224, would be 15 GB
@@ -130,7 +131,7 @@ def read_image(source) -> Image.Image:
     if isinstance(source, str | Path):
         return _read_file(source)
     if isinstance(source, bytes | bytearray | memoryview):
-        return decode_image(bytes(source), min_size=1, max_aspect=MOST_ASPECT)
+        return decode_image(bytes(source), min_size=1, max_aspect=MOST_ASPECT, most_memory=None)
     if isinstance(source, Tensor):
         source = source.detach().cpu()
         source = (source.float() if source.is_floating_point() else source).numpy()  # numpy has no bfloat16
@@ -155,7 +156,7 @@ def _read_file(path: str | Path) -> Image.Image:
     except OSError as error:
         raise ValueError(f"{name}: {error.strerror}") from error
     try:
-        return decode_image(data, min_size=1, max_aspect=MOST_ASPECT)
+        return decode_image(data, min_size=1, max_aspect=MOST_ASPECT, most_memory=None)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aimv2.data.batch import Batch, Replaced
+from aimv2.data.images import BadImage
 from aimv2.data.mixture import Mixture, MixtureChange, Source, weights_over_time
 from aimv2.data.remote import RemoteConfig, RemoteFiles
 from aimv2.data.shards import IMAGE_EXTENSIONS, DamagedMember, Sample, ShardError, Shards, expand_shards
 from aimv2.data.tokenizer import Tokenizer
-from aimv2.data.transforms import BadImage, TransformConfig, normalize_batch, training_image, validation_image
+from aimv2.data.transforms import TransformConfig, normalize_batch, training_image, validation_image
 
 MOST_ATTEMPTS = 8  # at replacing one sample
 

@@ -1,9 +1,7 @@
 """From a tar to its index: every member's place and crc32, and what the headers of its images say."""
 
-import io
 import os
 import re
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -11,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from aimv2.data.images import FORMATS, image_header
 from aimv2.data.shard_index import (
     EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -24,7 +22,6 @@ from aimv2.data.shard_index import (
     write_index,
 )
 from aimv2.data.tar import BLOCK, Member, ShardError, read_members
-from aimv2.data.transforms import FORMATS
 
 LARGEST_MEMBER = 2**32 - 1  # bytes
 
@@ -105,7 +102,7 @@ class _Scan:
         if extension == "txt":
             self.caption_bytes[-1] = min(member.size, _MOST_16_BITS)
         elif extension in IMAGE_EXTENSIONS and len(self.extensions & _IMAGES) == 1:
-            self.headers[-1] = image_header(beginning)
+            self.headers[-1] = _header(beginning)
 
     def columns(self) -> dict[str, np.ndarray]:
         extension, block, size, crc32 = zip(*self.members, strict=True)
@@ -125,16 +122,12 @@ class _Scan:
         }
 
 
-def image_header(data: bytes) -> tuple[int, int, int]:
+def _header(data: bytes) -> tuple[int, int, int]:
     """(width, height, number in FORMATS) of an image of which this is the beginning; (0, 0, NO_FORMAT) if of none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of size, which is what is asked for
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception:  # Pillow's parsers raise whatever the damage leads to
+    if (header := image_header(data)) is None:
         return 0, 0, NO_FORMAT
-    width, height = (min(side, _MOST_16_BITS) for side in image.size)
-    return width, height, FORMATS.index("JPEG" if image.format == "MPO" else image.format)  # MPO: a JPEG and more
+    kind, width, height = header
+    return min(width, _MOST_16_BITS), min(height, _MOST_16_BITS), FORMATS.index(kind)
 
 
 def scan_shard(shard: Path, fd: int) -> ShardIndex:

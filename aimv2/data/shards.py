@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from aimv2.data.images import MOST_BYTES
 from aimv2.data.remote import RemoteFiles
 from aimv2.data.shard_index import EXTENSIONS, IMAGE_EXTENSIONS, ShardIndex, index_path, read_index
 from aimv2.data.shard_list import ShardEntry, expand_shards
 from aimv2.data.shard_scan import build_index, renew_index
 from aimv2.data.tar import ShardError
-from aimv2.data.transforms import MOST_BYTES
 
 __all__ = ["DamagedMember", "Sample", "ShardError", "Shards", "ensure_indices", "expand_shards"]
 

@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from aimv2.data.images import MOST_BYTES, BadImage
 from aimv2.data.shard_index import IMAGE_EXTENSIONS
 from aimv2.data.shard_writer import Dropped, RawSample, ShardJob
-from aimv2.data.transforms import MOST_BYTES, BadImage
 from aimv2.ingest.pairs import (
     MOST_TEXT_BYTES,
     Packing,

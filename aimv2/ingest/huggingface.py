@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aimv2.data.images import MOST_BYTES, BadImage
 from aimv2.data.shard_writer import Dropped, RawSample, ShardJob
-from aimv2.data.transforms import MOST_BYTES, BadImage
 from aimv2.ingest.pairs import CAPTION_KEYS, Packing, Unusable, as_captions, pack_pair, read_inside, shard_name
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from aimv2.data.images import BadImage, decode_image
 from aimv2.data.tokenizer import _INVISIBLE, _TAG, MOST_CHARACTERS, Tokenizer, clean_caption
-from aimv2.data.transforms import BadImage, decode_image
 
 HASHED = 32  # side of the image that is hashed; a JPEG is decoded at 1/8 as long as it is not smaller
 _FREQUENCIES = 8  # kept of each axis

@@ -5,29 +5,24 @@ with "source" (where the sample comes from), "captions" (all usable ones) and wh
 are cleaned when they are read; here one counts as usable if cleaning would leave something of it.
 """
 
-import io
 import json
 import math
 import os
 import stat
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from aimv2.data.images import image_format
 from aimv2.data.shard_writer import RawSample
 from aimv2.data.tokenizer import clean_caption
-from aimv2.data.transforms import FORMATS, MOST_ASPECT, MOST_BYTES, MOST_PIXELS, BadImage
 
-MIN_SIZE = 32  # pixels, of the shorter side, as the loader's default
 MOST_TEXT_BYTES = 1 << 20  # of a sidecar
 SAMPLES_PER_SHARD = 10_000
 CAPTION_KEYS = ("captions", "caption", "text")  # of a JSON sidecar or a line of metadata.jsonl; the first there is
 
-_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 
 
 class Unusable(ValueError):
@@ -59,7 +54,7 @@ def pack_pair(
         BadImage: the header is not of an image that training would use.
         Unusable: no caption is left, and one is needed; or `other` is nested too deeply.
     """
-    extension = check_header(image)
+    extension = _EXTENSIONS[image_format(image)]
     texts = {c.decode("utf-8", "replace") if isinstance(c, bytes) else c: c for c in reversed(captions)}
     usable = [text for text in reversed(texts) if clean_caption(text)]
     if not usable and not packing.allow_no_caption:
@@ -76,34 +71,6 @@ def pack_pair(
         raise Unusable("what the source says is nested too deeply") from None
     notes = ("a caption that cleaning empties, beside others",) if 0 < len(usable) < len(texts) else ()
     return RawSample(key, members, notes)
-
-
-def check_header(data: bytes) -> str:
-    """The extension of the format that an image really has. Only the header is looked at.
-
-    Raises:
-        BadImage: what `decode_image` would refuse for its header, for the same reason.
-    """
-    if len(data) > MOST_BYTES:
-        raise BadImage("over 32 MiB")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which are checked below
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError:
-        raise BadImage("not a " + ", ".join(FORMATS)) from None
-    except Image.DecompressionBombError:
-        raise BadImage("over 50 megapixels") from None
-    except Exception as error:  # Pillow's parsers raise whatever the damage leads to
-        raise BadImage(f"undecodable ({type(error).__name__})") from None
-    short, long = sorted(image.size)
-    if short * long > MOST_PIXELS:
-        raise BadImage("over 50 megapixels")
-    if short < MIN_SIZE:
-        raise BadImage(f"a side under {MIN_SIZE} pixels")
-    if long > MOST_ASPECT * short:
-        raise BadImage(f"an aspect ratio over {MOST_ASPECT}")
-    return _EXTENSIONS[image.format]
 
 
 def read_inside(root: Path, relative: str, most_bytes: int, what: str) -> bytes:

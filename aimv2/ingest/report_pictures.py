@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from aimv2.data.images import BadImage, decode_image
 from aimv2.data.shard_index import IMAGE_EXTENSIONS, read_index
 from aimv2.data.tokenizer import clean_caption
-from aimv2.data.transforms import BadImage, decode_image
 from aimv2.ingest.filters import Filter
 from aimv2.ingest.measures import find_caption, parse_json
 from aimv2.ingest.selection import Selection

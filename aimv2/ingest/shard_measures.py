@@ -11,10 +11,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from aimv2.data.images import FORMATS, MOST_BYTES
 from aimv2.data.shard_index import IMAGE_EXTENSIONS, NO_FORMAT, ShardIndex
 from aimv2.data.tar import ShardError
 from aimv2.data.tokenizer import Tokenizer
-from aimv2.data.transforms import FORMATS, MOST_BYTES
 from aimv2.ingest.measures import (
     CaptionMeasures,
     MeasureConfig,

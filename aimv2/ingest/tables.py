@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from aimv2.data.images import MOST_BYTES, BadImage
 from aimv2.data.shard_writer import Dropped, RawSample, ShardJob
-from aimv2.data.transforms import MOST_BYTES, BadImage
 from aimv2.ingest.pairs import Packing, Unusable, as_captions, chunks, pack_pair, read_inside, shard_name
 
 Row = dict[str, Any] | Unusable

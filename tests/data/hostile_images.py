@@ -420,7 +420,8 @@ def _highest_memory() -> float:
 
 
 def main() -> None:
-    from aimv2.data.transforms import TransformConfig, decode_image, training_image, validation_image
+    from aimv2.data.images import decode_image
+    from aimv2.data.transforms import TransformConfig, training_image, validation_image
 
     config = TransformConfig()
     ways = {

@@ -19,10 +19,11 @@ from hostile_images import DECODED, EITHER, LARGEST, REFUSED, made, small
 from PIL import Image
 from test_shards import write_tar
 
+from aimv2.data.images import FORMATS, BadImage, decode_image
 from aimv2.data.mixture import Source
 from aimv2.data.samples import Samples
 from aimv2.data.shards import ensure_indices
-from aimv2.data.transforms import FORMATS, BadImage, TransformConfig, decode_image, training_image
+from aimv2.data.transforms import TransformConfig, training_image
 
 SCRIPT = Path(__file__).with_name("hostile_images.py")
 ROOT = SCRIPT.parents[2]

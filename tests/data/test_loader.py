@@ -20,12 +20,13 @@ from PIL import Image
 
 from aimv2.config import to_json
 from aimv2.data.batch import Batch, Replaced
+from aimv2.data.images import decode_image
 from aimv2.data.loader import DataConfig, SampleCounter, train_loader, validation_loader
 from aimv2.data.mixture import MixtureChange, Source
 from aimv2.data.samples import Samples
 from aimv2.data.shards import ShardError, ensure_indices, expand_shards
 from aimv2.data.tokenizer import Tokenizer, train_tokenizer
-from aimv2.data.transforms import TransformConfig, decode_image, eval_transform
+from aimv2.data.transforms import TransformConfig, eval_transform
 
 PATCH = 8
 WORDS = ["red", "green", "blue", "large", "small", "circle", "square", "triangle"]

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from aimv2.data import shards as shards_module
+from aimv2.data.images import FORMATS
 from aimv2.data.shard_index import EXTENSIONS, IMAGE_EXTENSIONS, NO_FORMAT, index_path, read_index, select_rows
 from aimv2.data.shard_list import write_shard_list
 from aimv2.data.shard_scan import build_index
 from aimv2.data.shards import DamagedMember, Sample, Shards, ensure_indices, expand_shards
 from aimv2.data.tar import ShardError
-from aimv2.data.transforms import FORMATS
 
 Files = list[tuple[str, bytes]]
 

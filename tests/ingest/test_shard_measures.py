@@ -11,9 +11,9 @@ from made_tars import picture, write_samples
 
 pytest.importorskip("sentencepiece")
 
+from aimv2.data.images import FORMATS
 from aimv2.data.shard_scan import build_index
 from aimv2.data.tar import ShardError
-from aimv2.data.transforms import FORMATS
 from aimv2.ingest.measures import MeasureConfig, measure_caption, measure_image
 from aimv2.ingest.shard_columns import ShardColumns
 from aimv2.ingest.shard_measures import ShardMeasurer, measures_path, verify_shard
