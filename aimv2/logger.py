@@ -15,7 +15,6 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
+
+from aimv2.whole_files import whole_file
 
 TIMINGS = frozenset({"time", "images_per_second", "data_wait", "data_wait_rank", "mfu", "memory_gib"})
 PACKAGE = logging.getLogger("aimv2")
@@ -278,9 +279,8 @@ def _open_metrics(path: Path, start: int) -> TextIO:
                 kept.append(text + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             PACKAGE.warning("%s: dropped a damaged line: %.80r", path, text)
-    rewritten = path.with_suffix(".tmp")
-    rewritten.write_text("".join(kept), encoding="utf-8")
-    os.replace(rewritten, path)
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
     return path.open("a", encoding="utf-8")
 
 

@@ -43,6 +43,7 @@ from aimv2.logger import Logger, logging_to
 from aimv2.objectives.aimv2 import AIMv2Config
 from aimv2.optim import OptimConfig
 from aimv2.preprocessing import ProcessorConfig
+from aimv2.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +124,7 @@ def prepare_run(config: TrainConfig) -> None:
         if differences := compare_configs(saved, to_json(config), MAY_CHANGE_ON_RESUME):
             raise ConfigError(f"{config.out} is the folder of another run: {'; '.join(differences)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(to_json(config), indent=2) + "\n")
-    temporary.replace(path)
+    write_json(path, to_json(config))
 
 
 def load_tokenizer(config: TrainConfig) -> Tokenizer:

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from aimv2.data.tar import BLOCK, ShardError
+from aimv2.whole_files import whole_file
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json")
@@ -118,13 +119,8 @@ def select_rows(shard: Path, rows: np.ndarray | None, reason: str = "") -> Shard
 def write_index(shard: Path, index: ShardIndex) -> None:
     meta = {name: str(getattr(index, name)) for name in _NUMBERS + _TEXTS}
     meta |= {"format": FORMAT, "ignored": json.dumps(index.ignored)}
-    path = index_path(shard)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(index_path(shard)) as temporary:
         temporary.write_bytes(save(index.columns, metadata=meta))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_index(shard: Path | str, columns: bool = True, path: Path | None = None) -> ShardIndex:

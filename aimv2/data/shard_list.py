@@ -15,6 +15,7 @@ from typing import NamedTuple
 from aimv2.data.remote import RemoteFiles, is_remote
 from aimv2.data.shard_index import read_index
 from aimv2.data.tar import ShardError
+from aimv2.whole_files import write_json
 
 LIST_NAME = "shards.list"
 LIST_FORMAT = "aimv2 shards 1"
@@ -65,9 +66,7 @@ def write_shard_list(folder: Path, names: Sequence[str]) -> Path:
         index = read_index(folder / name, columns=False)
         shards.append({"name": name, "samples": index.samples, "digest": index.identity})
     path = folder / LIST_NAME
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"format": LIST_FORMAT, "shards": shards}, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_json(path, {"format": LIST_FORMAT, "shards": shards})
     return path
 
 

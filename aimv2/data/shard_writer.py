@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 
 from aimv2.data.processes import run_jobs
 from aimv2.data.shard_scan import build_index
+from aimv2.whole_files import whole_file, write_json
 
 MOST_EXAMPLES = 5  # of what was dropped for one reason
 
@@ -141,7 +142,7 @@ def write_shards(
     total = Written(notes=Counter(source.notes))
     for name in sorted(shards):  # not in the order in which they got done, so that the examples are always the same
         total.add(shards[name])
-    _write_json(folder / _RECORDS / _REPORT, {"recipe": recipe, **_as_json(total)})
+    write_json(folder / _RECORDS / _REPORT, {"recipe": recipe, **_as_json(total)})
     if not total.kept:
         raise ValueError(f"{folder}: not one sample can be used: {total.reasons()}")
     finish(folder)
@@ -169,7 +170,7 @@ def begin(folder: Path, recipe: dict) -> None:
     strangers = [] if _markers(folder) else sorted(folder.glob("*.tar"))
     if strangers:
         raise ValueError(f"{folder} has {strangers[0].name} but no {_DONE}: expected an empty folder")
-    _write_json(folder / _BEGUN, recipe)
+    write_json(folder / _BEGUN, recipe)
 
 
 def finish(folder: Path) -> None:
@@ -183,9 +184,8 @@ def finish(folder: Path) -> None:
 
 def write_tar(path: Path, samples: Iterable[RawSample]) -> int:
     """Write a tar, whole or not at all, and return the number of samples. Without any, there is no tar."""
-    temporary = _temporary(path)
     count = 0
-    try:
+    with whole_file(path) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
             for key, members, _ in samples:
                 count += 1
@@ -193,10 +193,8 @@ def write_tar(path: Path, samples: Iterable[RawSample]) -> int:
                     member = tarfile.TarInfo(f"{key}.{extension}")  # mtime, owner and mode are constants
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-        if count:
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if not count:
+            temporary.unlink()
     return count
 
 
@@ -211,7 +209,7 @@ def _write_recorded(folder: Path, job: ShardJob) -> tuple[str, int, Written]:
     written.kept = write_tar(path, _usable(job.read(), written))
     if written.kept:
         build_index(path)
-    _write_json(record, _as_json(written))
+    write_json(record, _as_json(written))
     return job.name, job.candidates, written
 
 
@@ -235,13 +233,3 @@ def _from_json(fields: dict) -> Written:
 
 def _markers(folder: Path) -> Sequence[Path]:
     return [folder / name for name in (_DONE, _BEGUN) if (folder / name).is_file()]
-
-
-def _write_json(path: Path, contents: dict) -> None:
-    temporary = _temporary(path)
-    temporary.write_text(json.dumps(contents, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -5,6 +5,7 @@ Nothing in them is ever executed, unpickled or extracted.
 
 import logging
 import os
+import resource
 import zlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from aimv2.data.images import MOST_BYTES
+from aimv2.data.mixture import SMALLEST_CHUNK, WINDOW
 from aimv2.data.remote import RemoteFiles
 from aimv2.data.shard_index import EXTENSIONS, IMAGE_EXTENSIONS, ShardIndex, index_path, read_index
 from aimv2.data.shard_list import ShardEntry, expand_shards
@@ -24,7 +26,8 @@ __all__ = ["DamagedMember", "Sample", "ShardError", "Shards", "ensure_indices", 
 logger = logging.getLogger(__name__)
 
 MOST_TEXT_BYTES = 4 << 20  # of a txt or json; parsed, JSON may take 25 times its size
-OPEN_SHARDS = 64  # of one source in one process; two file descriptors each
+OPEN_SHARDS = WINDOW // SMALLEST_CHUNK + 64  # of one source in one process; two file descriptors each
+MOST_FILES = 1 << 16  # descriptors of a process, where the system allows as many
 
 
 class DamagedMember(ValueError):
@@ -151,6 +154,8 @@ class Shards(Sequence[Sample]):
     def _open(self, shard: int) -> "_OpenShard":
         opened = self._opened.pop(shard, None)
         if opened is None:
+            if not self._opened:
+                _allow_open_files()
             if len(self._opened) >= OPEN_SHARDS:
                 self._opened.pop(next(iter(self._opened))).close()
             location = self.locations[shard]
@@ -204,6 +209,14 @@ class _OpenShard:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _allow_open_files() -> None:
+    """The samples of a window may come from OPEN_SHARDS shards of each source; systems begin with 1,024 descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _most_bytes(extension: str) -> int:

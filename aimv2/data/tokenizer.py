@@ -3,7 +3,6 @@
 import hashlib
 import html
 import io
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,8 @@ try:
     import sentencepiece
 except ImportError as error:
     raise ImportError('tokenizers need ftfy and sentencepiece: pip install "aimv2[train]"') from error
+
+from aimv2.whole_files import whole_file
 
 MOST_CHARACTERS = 1000  # of a clean caption
 FEWEST_ALPHANUMERICS = 3
@@ -147,8 +148,10 @@ def train_tokenizer(
         version=sentencepiece.__version__,
         command=f"\n```sh\n{command}\n```\n" if command else "",
     )
-    _write(model_file.with_name("README.md"), readme.encode())
-    _write(model_file, model)
+    with whole_file(model_file.with_name("README.md")) as temporary:
+        temporary.write_text(readme, encoding="utf-8")
+    with whole_file(model_file) as temporary:
+        temporary.write_bytes(model)
     return model_file
 
 
@@ -212,9 +215,3 @@ def _train(captions: _Reading, vocab_size: int, model_type: str) -> bytes:
             f"sentencepiece cannot make {vocab_size} pieces of {captions.count} captions: {reason}"
         ) from None
     return model.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

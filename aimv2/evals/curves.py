@@ -1,6 +1,5 @@
 """loss.png: how a run went, from its metrics.jsonl."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from aimv2.logger import read_metrics
+from aimv2.whole_files import whole_file
 
 MOST_MARKED = 30  # points; more are a line without markers
 WINDOWS = 60  # half widths of the running mean in a run
@@ -85,7 +85,6 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
 
 def save(figure, path: Path) -> Path:
     """Write the PNG, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png")
     return path

@@ -13,7 +13,6 @@ parts.
 import hashlib
 import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
@@ -31,6 +30,7 @@ from aimv2.ingest.coyo_columns import FOLDER, Group, join_group, read_state
 from aimv2.ingest.downloads import Download, read_download
 from aimv2.ingest.metadata import matches, places_in, read_schema
 from aimv2.ingest.sidecars import read_sidecar
+from aimv2.whole_files import write_json
 
 PROBES = 8  # samples of a shard
 MOST_SAMPLES = 500_000  # joined at once by one process, which takes about 1 GB
@@ -128,7 +128,7 @@ def join_coyo(metadata: Path, images: Path, workers: int = 1, progress: Progress
 
     _sum_up(result, images, shards)
     report = _as_json(result) | {"download": _as_json(result.download)}
-    _write_json(report_path(images), report)
+    write_json(report_path(images), report)
     return result
 
 
@@ -137,7 +137,7 @@ def _check_marker(path: Path, parts: list[Path]) -> None:
     listing = json.dumps([(part.name, part.stat().st_size) for part in parts])
     contents = {"parts": len(parts), "digest": hashlib.sha256(listing.encode()).hexdigest()}
     if not path.is_file():
-        _write_json(path, contents)
+        write_json(path, contents)
     elif (found := json.loads(path.read_text())) != contents:
         raise ValueError(
             f"{path}: joined to other metadata before ({found['parts']} parts, now {len(parts)}): "
@@ -251,13 +251,3 @@ def _sum_up(result: Joined, images: Path, shards: Iterable[str]) -> None:
 
 def _as_json(record) -> dict:
     return {field.name: getattr(record, field.name) for field in fields(record)}
-
-
-def _write_json(path: Path, contents: dict) -> None:
-    temporary = _temporary(path)
-    temporary.write_text(json.dumps(contents, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

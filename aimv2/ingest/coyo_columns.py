@@ -4,7 +4,6 @@ How far the search for them went is said in the schema's metadata, so that the t
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 
 from aimv2.ingest.metadata import find_rows, join_values
 from aimv2.ingest.sidecars import Sidecar, read_sidecar
+from aimv2.whole_files import whole_file
 
 FOLDER = "prepared"  # where `prepare` looks for columns
 
@@ -110,6 +110,5 @@ def _write_columns(shard: Path, sidecar: Sidecar, new: pa.Table, repeated: int, 
         all_parts=all_parts,
     )
     table = table.add_column(0, "key", sidecar.keys).replace_schema_metadata({_STATE: json.dumps(asdict(state))})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    pq.write_table(table, temporary, compression="zstd")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")

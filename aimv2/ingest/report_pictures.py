@@ -17,6 +17,7 @@ from aimv2.data.tokenizer import clean_caption
 from aimv2.ingest.filters import Filter
 from aimv2.ingest.measures import find_caption, parse_json
 from aimv2.ingest.selection import Selection
+from aimv2.whole_files import whole_file
 
 SAMPLES, ACROSS = 48, 8
 CELL, CAPTION, MARGIN = 2.0, 0.85, 0.08  # inches: side of a picture's place, height of its caption's, between them
@@ -199,9 +200,7 @@ def _edges(values: np.ndarray, low: float, high: float, logarithmic: bool) -> np
 
 def _save(figure, path: Path) -> Path:
     """Write the PNG, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with warnings.catch_warnings():
+    with whole_file(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
         figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
     return path

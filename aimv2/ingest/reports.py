@@ -1,7 +1,6 @@
 """What a preparation did: `report.json` for programs, `report.md` for people."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from aimv2.ingest.downloads import Download
 from aimv2.ingest.selection import Selection
 from aimv2.ingest.shard_columns import open_columns
+from aimv2.whole_files import whole_file
 
 FORMAT = "aimv2 preparation 1"
 QUANTILES = {"lowest": 0, "1 %": 0.01, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "99 %": 0.99, "highest": 1}
@@ -150,9 +150,8 @@ def write_report(report: Report, folder: Path) -> None:
         ("report.json", json.dumps(report.contents(), indent=1) + "\n"),
         ("report.md", report.markdown()),
     ):
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
+        with whole_file(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def sample_values(selection: Selection, names: Sequence[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -24,6 +24,7 @@ from aimv2.ingest.measures import (
     measure_image,
     parse_json,
 )
+from aimv2.whole_files import whole_file
 
 try:
     import pyarrow as pa
@@ -120,12 +121,8 @@ class ShardMeasurer:
         rows, damage = self._measure(shard, index, contents)
         table = _table(rows, contents)
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with whole_file(path) as temporary:
             pq.write_table(table, temporary, compression="zstd")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         return damage
 
     def _contents(self, shard: Path, index: ShardIndex) -> _Contents:

@@ -126,7 +126,7 @@ def test_an_interrupted_run_goes_on_and_reports_all(tmp_path):
     assert contents(folder) == contents(whole) and is_complete(folder, Numbers().recipe)
 
 
-@pytest.mark.parametrize("at", ["addfile", "build_index", "_write_json", "replace"])
+@pytest.mark.parametrize("at", ["addfile", "build_index", "write_json", "replace"])
 def test_a_run_killed_anywhere_loses_nothing(tmp_path, at):
     """kill -9 at the second to seventh time that something is about to be written, indexed, recorded or renamed."""
     whole, folder = tmp_path / "whole", tmp_path / "folder"
