@@ -144,7 +144,7 @@ def read_export_config(folder: str | Path) -> dict:
         raise ModelError(f"{path} is missing: expected an exported model")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON: {error}") from None
     found = (config.get("format"), config.get("version")) if isinstance(config, dict) else None
     if found != (FORMAT, VERSION):

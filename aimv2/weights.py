@@ -57,7 +57,7 @@ class WeightFiles:
         try:
             shards = json.loads(self.path.read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(shards.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{self.path} is not an index of shards: {type(error).__name__}: {error}") from error
         for name in names:
             if Path(name).name != name:

@@ -87,7 +87,7 @@ def read_captions(files: list[Path], column: str | None) -> Iterator[str | bytes
             raise ValueError(f"cannot read captions from {file}: expected {', '.join(readers)}")
         try:
             yield from readers[file.suffix](file, column)
-        except (ValueError, tarfile.TarError) as error:  # json's and pyarrow's are ValueErrors
+        except (ValueError, RecursionError, tarfile.TarError) as error:  # json's and pyarrow's are ValueErrors
             raise ValueError(f"{file}: {error}") from None
 
 

@@ -116,6 +116,10 @@ def train_loader(
         ValueError: the image size is not a multiple of the patch size.
     """
     samples = _samples(config, config.train, changes=config.changes, patch_size=patch_size, seed=seed, training=True)
+    if rank == 0 and len(config.train) > 1:
+        for since, shares in samples.mixture.shares:
+            parts = (f"{s.name} {share / sum(shares):.4%}" for s, share in zip(config.train, shares, strict=True))
+            logger.info("from sample %d on: %s", since, ", ".join(parts))
     order = _TrainOrder(micro_batch=micro_batch, start=start, rank=rank, world_size=world_size)
     return _loader(samples, order, config.workers)
 

@@ -242,9 +242,12 @@ def test_validation_takes_the_first_place_that_a_sample_has(config, folder):
     assert all(equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_a_change_of_the_mixture_begins_at_its_sample(config):
+def test_a_change_of_the_mixture_begins_at_its_sample(config, caplog):
     changed = replace(config, changes=[MixtureChange(sample=10, weights={"a": 0.0})])
-    before, after = load(config, 5), load(changed, 5)
+    before = load(config, 5)
+    with caplog.at_level("INFO"):
+        after = load(changed, 5)
+    assert caplog.messages == ["from sample 0 on: a 70.0000%, b 30.0000%", "from sample 10 on: a 0.0000%, b 100.0000%"]
     assert equal(before[0], after[0]) and equal(before[1], after[1]) and not equal(before[3], after[3])
 
 
