@@ -242,8 +242,7 @@ def _check(
     """Refuses a checkpoint that this run cannot go on from."""
     if contents["world_size"] != _world_size():
         raise CheckpointError(
-            f"{name} was written by {contents['world_size']} ranks and this run has {_world_size()}: use as many, or "
-            "export its model and start a new run with init_from, or convert it with DeepSpeed's ds_to_universal"
+            f"{name} was written by {contents['world_size']} ranks and this run has {_world_size()}: go on with as many"
         )
     if contents["zero_stage"] != zero_stage:
         raise CheckpointError(f"{name} was written with ZeRO stage {contents['zero_stage']}, this run has {zero_stage}")

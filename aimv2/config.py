@@ -8,6 +8,7 @@ dict[str, X] and dataclasses. A dataclass field may hold a subclass, or one of a
 the actual value, JSON carries its class name under "type".
 """
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -146,7 +147,12 @@ def _find(owner: Any, name: str) -> list[str]:
 
 
 def _parse(annotation: Any, text: str, key: str) -> Any:
-    """The value of type `annotation` that `text` spells; in a union, str is tried last."""
+    """The value of type `annotation` that `text` spells; in a union, str is tried last. Dicts, dataclasses are JSON."""
+    if text[:1] in ("{", "[") and (
+        _has_dataclass(annotation) or any(get_origin(c) is dict for c in _choices(annotation))
+    ):
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
+            return _build(annotation, json.loads(text), key)
     for choice in sorted(_choices(annotation), key=lambda choice: choice is str):
         origin, arguments = get_origin(choice), get_args(choice)
         if choice in PARSERS:
@@ -166,7 +172,7 @@ def _parse(annotation: Any, text: str, key: str) -> Any:
                 return origin(_parse(kind, item, key) for kind, item in zip(kinds, items, strict=True))
     if _has_dataclass(annotation):
         raise ConfigError(
-            f"{key}: cannot set {_name(annotation)} as a whole to {text!r}, only its fields: {key}.FIELD="
+            f"{key}: cannot set {_name(annotation)} to {text!r}, only its fields, {key}.FIELD=, or all of it as JSON"
         )
     raise ConfigError(f"{key}: expected {_name(annotation)}, got {text!r}")
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +128,19 @@ def prepare_run(config: TrainConfig) -> None:
     write_json(path, to_json(config))
 
 
+def check_ranks_agree(described: dict[str, str]) -> None:
+    """Ranks with other data or settings would train one model together, and nothing would look wrong.
+
+    Raises:
+        ConfigError: on all ranks, naming the first that differs and in what.
+    """
+    ranks: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(ranks, described)
+    for rank, theirs in enumerate(ranks):
+        if different := sorted(key for key in theirs.keys() | ranks[0].keys() if theirs.get(key) != ranks[0].get(key)):
+            raise ConfigError(f"rank {rank} has another {', '.join(different)} than rank 0: expected the same on all")
+
+
 def load_tokenizer(config: TrainConfig) -> Tokenizer:
     tokenizer = Tokenizer(config.data.tokenizer)
     vocab_size = config.objective.decoder.vocab_size
@@ -160,6 +174,7 @@ def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Trai
     torch.manual_seed(config.seed)
     engine = build_engine(config.objective.build(), config.optim, config.engine)
     fingerprints = DataFingerprints(config.data, tokenizer)
+    check_ranks_agree({"config": json.dumps(to_json(config)), **fingerprints.before(sys.maxsize)})
     state = restore(engine, config.out, fingerprints=fingerprints.before) or TrainState()
     keyed = {"patch_size": config.objective.vision.patch_size, "seed": config.seed}
     keyed |= {"rank": rank, "world_size": world_size}

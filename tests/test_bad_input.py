@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import ROOT, SCRIPT, finish, nothing, start, train
+from processes import ROOT, SCRIPT, TINY_RUN, finish, nothing, start, train
 
 from aimv2.data.shapes import captions, scene
 from aimv2.data.tokenizer import Tokenizer, train_tokenizer
@@ -185,3 +185,24 @@ def test_one_rank_fails(tiny_run, tmp_path):
         "error on rank 1: no tokenizer on this node",
         "error: another rank ended or hangs; look for its own error",
     ]
+
+
+OWN_DATA = """
+import os
+from aimv2.config import load_config
+
+
+def config():
+    run = load_config({tiny_run!r})
+    run.seed = int(os.environ["RANK"])
+    return run
+"""
+
+
+def test_ranks_that_differ(tiny_run, tmp_path):
+    """Each with its own data or settings they would train together, and nothing would look wrong."""
+    (tmp_path / "own.py").write_text(OWN_DATA.format(tiny_run=str(TINY_RUN)))
+    arguments = ["--config", str(tmp_path / "own.py"), *tiny_run(tmp_path / "run")[2:]]
+    codes, lines = run(arguments, tmp_path, ranks=2)
+    assert codes == [1, 1]
+    assert lines[0] == "error: rank 1 has another config than rank 0: expected the same on all"

@@ -107,9 +107,9 @@ def test_fingerprints_are_asked_for_the_samples_consumed(run):
     assert asked == [16]  # step 2, 8 a step
 
 
-def test_another_number_of_ranks_is_refused_with_advice(run, monkeypatch):
+def test_another_number_of_ranks_is_refused(run, monkeypatch):
     monkeypatch.setattr(checkpoint, "_world_size", lambda: 3)
-    with pytest.raises(CheckpointError, match=r"by 1 ranks and this run has 3: .*init_from.*ds_to_universal"):
+    with pytest.raises(CheckpointError, match=r"by 1 ranks and this run has 3: go on with as many"):
         resume(run[0])
 
 

@@ -152,6 +152,12 @@ def test_overrides_follow_the_actual_class_of_a_field(tmp_path):
         load_config(path, ["objective.ratio=0.5"])
 
 
+def test_what_has_fields_is_set_as_json(file):
+    config = load_config(file, ['train=[{"name": "x", "weight": 2}]', 'validation={"name": "v"}'])
+    assert config.train == [Source(name="x", weight=2.0)] and config.validation == Source(name="v")
+    assert load_config(file, ["train=[]"]).train == []
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -171,9 +177,13 @@ def test_overrides_follow_the_actual_class_of_a_field(tmp_path):
         ("precision=fp16", "precision: expected 'fp32' | 'bf16', got 'fp16'"),
         ("crop=1,2,3", "crop: expected tuple[float, float] | None, got '1,2,3'"),
         ("sizes=1,x", "sizes: expected int, got 'x'"),
-        ("objective=Contrast", "objective: cannot set Pixels | Contrast as a whole to 'Contrast', only its fields"),
-        ("train=[]", "train: cannot set list[Source] as a whole to '[]', only its fields"),
-        ("train.0=x", "train.0: cannot set Source as a whole"),
+        (
+            "objective=Contrast",
+            "objective: cannot set Pixels | Contrast to 'Contrast', only its fields, objective.FIELD=",
+        ),
+        ("train=[x]", "train: cannot set list[Source] to '[x]', only its fields, train.FIELD=, or all of it as JSON"),
+        ('train=[{"nam": "x"}]', "unknown key train.0.nam: Source has name, weight"),
+        ("train.0=x", "train.0: cannot set Source to 'x'"),
         ("train.1.weight=-1", "train.1: weight -1.0: expected more than 0"),
         ("objective.vision.image_size=225", "objective.vision: image_size 225 is not a multiple of patch_size 14"),
     ],

@@ -32,7 +32,9 @@ OPTIONS = {  # of each protocol, none of them a secret
     "abfs": frozenset({"account_name", "anon"}),
 }
 TIMEOUT = 30.0  # seconds for one request of at most a block
-ATTEMPTS, FIRST_WAIT = 4, 1.0  # seconds; doubled each time
+ATTEMPTS = 8
+FIRST_WAIT, LONGEST_WAIT = 1.0, 32.0  # seconds; doubled each time
+PATIENCE = 120.0  # seconds after which no new attempt is made: other ranks wait 180 for this one
 
 _URL = re.compile(
     r"(?P<protocol>[a-z0-9]+)://[A-Za-z0-9][A-Za-z0-9._-]*(:[0-9]+)?/(?P<path>[A-Za-z0-9._~!$&'()+,;=@:%{}/-]*)"
@@ -110,16 +112,17 @@ class Connections:
 
     def _retry(self, url: str, place: str, request: Callable[[AsyncFileSystem], Any]) -> Any:
         self.check(url)
+        begun = time.monotonic()
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return request(self._filesystem(url.partition("://")[0]))
             except Exception as error:  # the libraries behind fsspec have no common base class
                 reason, transient = _explain(error)
-                if not transient or attempt == ATTEMPTS:
+                if not transient or attempt == ATTEMPTS or time.monotonic() - begun > PATIENCE:
                     tries = f" (tried {attempt} times)" if attempt > 1 else ""
                     raise ShardError(f"{place}: {reason}{tries}") from error
             # Not all processes at once, and without a random number that training would miss.
-            wait = FIRST_WAIT * 2 ** (attempt - 1) * random.SystemRandom().uniform(0.5, 1.0)
+            wait = min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT) * random.SystemRandom().uniform(0.5, 1.0)
             logger.warning("%s: %s; try %d of %d in %.1f s", place, reason, attempt + 1, ATTEMPTS, wait)
             time.sleep(wait)
 

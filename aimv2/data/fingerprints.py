@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 
 from aimv2.data.loader import DataConfig
-from aimv2.data.mixture import Source, weights_over_time
+from aimv2.data.mixture import Mixture, Source, weights_over_time
 from aimv2.data.remote import RemoteFiles
 from aimv2.data.shards import Shards, expand_shards
 from aimv2.data.tokenizer import Tokenizer
@@ -21,11 +21,10 @@ class DataFingerprints:
     def __init__(self, config: DataConfig, tokenizer: Tokenizer):
         remote = RemoteFiles(config.remote) if config.remote else None
         self._names = [source.name for source in config.train]
-        self._sources = [_digest_of(source, remote) for source in config.train]
+        self._sources = [_digest_of(i, source, remote) for i, source in enumerate(config.train)]
         self._tokenizer = tokenizer.fingerprint
         self._versions = weights_over_time(config.train, config.changes)
-        probe = np.random.default_rng(0).permutation(16).tolist()  # a numpy that shuffles differently changes the order
-        self._transform = repr((config.transform, config.context_length, probe))
+        self._transform = repr((config.transform, config.context_length))
 
     def before(self, g: int) -> dict[str, str]:
         """Of samples 0 to g - 1: later changes of the mixture, and sources not used before them, are not in it."""
@@ -35,16 +34,26 @@ class DataFingerprints:
             f"from {start}: " + ", ".join(f"{self._names[i]} {weights[i]:.12g}" for i in used)
             for start, weights in versions
         )
-        sources = [(i, self._sources[i]) for i in used]
         return {
             "data.mixture": mixture,
-            "data.sources": hashlib.sha256(repr(sources).encode()).hexdigest(),
+            "data.order": _order(),
             "data.transform": hashlib.sha256(self._transform.encode()).hexdigest(),
             "tokenizer": self._tokenizer,
+            **{f"data.train {self._names[i]}": self._sources[i] for i in used},
         }
 
 
-def _digest_of(source: Source, remote: RemoteFiles | None) -> str:
+def _order() -> str:
+    """Another version of this library or of numpy may shuffle or draw otherwise."""
+    mixture = Mixture([10**6, 999], [2, 1], seed=0)
+    places = [mixture.locate(g) for g in (0, 1, 12_345, 10**9)]
+    rng = np.random.Generator(np.random.Philox(key=1, counter=2))
+    drawn = rng.integers(1000, size=4).tolist(), rng.random(4).tolist(), rng.uniform(0.4, 1.0, 4).tolist()
+    return hashlib.sha256(repr((places, drawn)).encode()).hexdigest()
+
+
+def _digest_of(position: int, source: Source, remote: RemoteFiles | None) -> str:
+    """The position counts: each source is shuffled by it."""
     shards = Shards(expand_shards(source.shards, remote), remote=remote)
-    described = (source.caption_shares, len(shards), shards.digests)
+    described = (position, source.caption_shares, len(shards), shards.digests)
     return hashlib.sha256(repr(described).encode()).hexdigest()

@@ -86,9 +86,12 @@ class SampleLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         self.replaced = SampleCounter()
-        for batch in super().__iter__():
-            self.replaced.add(batch)
-            yield batch
+        try:
+            for batch in super().__iter__():
+                self.replaced.add(batch)
+                yield batch
+        except ShardError as error:  # from a worker it comes with the worker's traceback in its message
+            raise ShardError(str(error).rstrip().rpartition("ShardError: ")[2]) from error
 
 
 @dataclass(slots=True, kw_only=True)
@@ -121,7 +124,7 @@ def train_loader(
             parts = (f"{s.name} {share / sum(shares):.4%}" for s, share in zip(config.train, shares, strict=True))
             logger.info("from sample %d on: %s", since, ", ".join(parts))
     order = _TrainOrder(micro_batch=micro_batch, start=start, rank=rank, world_size=world_size)
-    return _loader(samples, order, config.workers)
+    return _loader(samples, order, config.workers, persistent=True)
 
 
 def validation_loader(
@@ -141,7 +144,7 @@ def validation_loader(
     count = len(samples.shards[0])
     mine = range(rank, count if limit is None else min(limit, count), world_size)
     order = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
-    return _loader(samples, order, config.workers)
+    return _loader(samples, order, min(config.workers, len(order)), persistent=False)
 
 
 def _samples(config: DataConfig, sources: list[Source], **place) -> Samples:
@@ -156,7 +159,7 @@ def _samples(config: DataConfig, sources: list[Source], **place) -> Samples:
     )
 
 
-def _loader(samples: Samples, order: Iterable[range], workers: int) -> SampleLoader:
+def _loader(samples: Samples, order: Iterable[range], workers: int, persistent: bool) -> SampleLoader:
     leaving = multiprocessing.RawValue("b", False)  # shared with the workers
     atexit.register(setattr, leaving, "value", True)
     return SampleLoader(
@@ -165,7 +168,7 @@ def _loader(samples: Samples, order: Iterable[range], workers: int) -> SampleLoa
         collate_fn=samples.collate,
         num_workers=workers,
         worker_init_fn=partial(_start_worker, leaving),
-        persistent_workers=workers > 0,
+        persistent_workers=persistent and workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else iter() draws from the global one, which a resumed run would notice
     )

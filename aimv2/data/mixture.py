@@ -13,10 +13,10 @@ from math import gcd, lcm
 
 import numpy as np
 
-LONGEST_PERIOD = 1 << 16  # of the schedule; shares that need more are rounded
+LONGEST_PERIOD = 1 << 18  # of the schedule; shares that need more are rounded
 WINDOW = 1 << 14  # samples that are mixed with each other
 SMALLEST_CHUNK = 64  # neighbouring samples that stay in one window, so that reads stay local
-MOST_CHUNKS = 1 << 20
+MOST_CHUNKS = 1 << 22  # each costs 4 bytes in every process
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,7 +71,7 @@ def weights_over_time(sources: Sequence[Source], changes: Sequence[MixtureChange
     """
     weights = {source.name: source.weight for source in sources}
     if len(weights) < len(sources):
-        raise ValueError(f"sources {[source.name for source in sources]}: expected a name for each")
+        raise ValueError(f"sources {[source.name for source in sources]}: expected a different name for each")
     versions = [(0, list(weights.values()))]
     for change in changes:
         if unknown := change.weights.keys() - weights.keys():

@@ -116,6 +116,15 @@ class RemoteFiles:
             parts.append(self._read_block(url, file, block, begin, end))
         return b"".join(parts)
 
+    def prefetch_copies(self, urls: Iterable[str]) -> None:
+        """Have copies of small files in the cache, PARALLEL of them being fetched at a time.
+
+        Raises:
+            ShardError: as `local_copy`.
+        """
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            deque(pool.map(self.local_copy, urls), maxlen=0)
+
     def prefetch(self, ranges: Iterable[tuple[str, int, int]]) -> None:
         """Have the blocks of ranges (url, offset, size) in the cache, PARALLEL of them being fetched at a time.
 
@@ -151,7 +160,13 @@ class RemoteFiles:
         known, until = self._files.get(url, (None, 0.0))
         if known is not None and time.monotonic() < until:
             return known
-        file, age = self._ask(url)
+        try:
+            file, age = self._ask(url)
+        except ShardError as error:
+            if known is None:
+                raise
+            logger.warning("%s; going on with what was known of it", error)
+            file, age = known, 0.0
         if known is not None and known.size != file.size:
             raise ShardError(f"{url}: has {file.size} bytes, and had {known.size} before: it changed while in use")
         if known is not None and known.version != file.version:

@@ -17,7 +17,7 @@ from aimv2.data.images import BadImage
 from aimv2.data.mixture import Mixture, MixtureChange, Source, weights_over_time
 from aimv2.data.remote import RemoteConfig, RemoteFiles
 from aimv2.data.shards import IMAGE_EXTENSIONS, DamagedMember, Sample, ShardError, Shards, expand_shards
-from aimv2.data.tokenizer import Tokenizer
+from aimv2.data.tokenizer import Tokenizer, clean_caption
 from aimv2.data.transforms import TransformConfig, normalize_batch, training_image, validation_image
 
 MOST_ATTEMPTS = 8  # at replacing one sample
@@ -88,8 +88,9 @@ class Samples(Dataset):
     def __getitems__(self, numbers: Sequence[int]) -> list[Example]:
         """Those of a batch, by the name that the data loader knows: what is far away is fetched all at once."""
         if self._remote is not None:
-            places = (self._locate(g) for g in numbers)
-            self._remote.prefetch(part for source, number in places for part in self.shards[source].places(number))
+            places = [(self.shards[source], number) for source, number in map(self._locate, numbers)]
+            self._remote.prefetch_copies({index for shards, n in places if (index := shards.unopened(n))})
+            self._remote.prefetch(part for shards, n in places for part in shards.places(n))
         return [self[g] for g in numbers]
 
     def __getitem__(self, g: int) -> Example:
@@ -143,12 +144,27 @@ class Samples(Dataset):
         sample = self.shards[source][number]
         if sample.image is None:
             raise BadImage("no image")
-        captions = _choose(sample, self.sources[source].caption_shares, rng if self.training else None)
-        caption = captions[int(rng.integers(len(captions)))] if self.training else captions[0]
-        text = self.tokenizer.encode(caption, self.context_length)
+        captions = _find_captions(sample, self.sources[source].caption_shares)
+        text = self._encode(captions, source, rng)
+        if not text and (usable := _usable(captions)):
+            text = self._encode(usable, source, rng)
         if self.training:
             return training_image(sample.image, self.transform, rng), text
         return validation_image(sample.image, self.transform), text
+
+    def _encode(self, captions: dict[str, Sequence[str | bytes]], source: int, rng: np.random.Generator) -> list[int]:
+        """In training a caption of a place drawn by its share among these, else the first of the first."""
+        if not captions:
+            return []
+        places = list(captions)
+        place = chosen = 0
+        if self.training and len(places) > 1:
+            ends = np.cumsum([self.sources[source].caption_shares[where] for where in places])
+            place = min(int(np.searchsorted(ends, rng.random() * ends[-1], side="right")), len(places) - 1)
+        texts = captions[places[place]]
+        if self.training:
+            chosen = int(rng.integers(len(texts)))
+        return self.tokenizer.encode(texts[chosen], self.context_length)
 
 
 def _extensions(source: Source) -> tuple[str, ...]:
@@ -156,27 +172,27 @@ def _extensions(source: Source) -> tuple[str, ...]:
     return (*IMAGE_EXTENSIONS, *{where.partition(":")[0] for where in source.caption_shares})
 
 
-def _choose(sample: Sample, shares: dict[str, float], rng: np.random.Generator | None) -> Sequence[str | bytes]:
-    """The captions of one of several places, drawn by its share among those that the sample has; the first without rng.
+def _find_captions(sample: Sample, shares: dict[str, float]) -> dict[str, Sequence[str | bytes]]:
+    """{place: its captions}, of the places that the sample has; {} for a source of images only.
 
     Raises:
         BadCaption: it has none of them.
     """
-    if not shares:
-        return [""]
     found, missing = {}, []
     for where in shares:
         try:
             found[where] = _captions(sample, where)
         except BadCaption as error:
             missing.append(str(error))
-    if not found:
+    if shares and not found:
         raise BadCaption(", ".join(missing))
-    if rng is None or len(shares) == 1:
-        return next(iter(found.values()))
-    ends = np.cumsum([shares[where] for where in found])
-    drawn = int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))
-    return list(found.values())[min(drawn, len(found) - 1)]
+    return found
+
+
+def _usable(captions: dict[str, Sequence[str | bytes]]) -> dict[str, Sequence[str | bytes]]:
+    """Those of which something is left after cleaning."""
+    cleaned = {where: [text for text in texts if clean_caption(text)] for where, texts in captions.items()}
+    return {where: texts for where, texts in cleaned.items() if texts}
 
 
 def _captions(sample: Sample, where: str) -> Sequence[str | bytes]:

@@ -1,7 +1,7 @@
 """Which shards there are: a glob, a range in braces, or a list that `make_shards.py prepare` wrote.
 
-A list, `shards.list`, has names relative to its own folder, and how many samples of each shard are kept; so a run whose
-shards are far away starts without opening each. Local paths, and URLs where a `RemoteFiles` allows them.
+A list, `shards.list`, has names relative to its own folder, and how many samples of each shard are kept; so a process
+starts without opening each. Local paths, and URLs where a `RemoteFiles` allows them.
 """
 
 import glob
@@ -18,6 +18,7 @@ from aimv2.data.tar import ShardError
 from aimv2.whole_files import write_json
 
 LIST_NAME = "shards.list"
+MOST_IN_RANGE = 256  # URLs; the index of each is fetched when a process starts
 LIST_FORMAT = "aimv2 shards 1"
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -27,8 +28,8 @@ class ShardEntry(NamedTuple):
     """A shard of a list."""
 
     location: Path | str  # str: a URL
-    samples: int  # kept
-    digest: str  # of its index, `ShardIndex.identity`
+    samples: int | None  # kept; None: as its index says
+    digest: str | None  # of its index, `ShardIndex.identity`; None: whatever it is
 
 
 def expand_shards(pattern: str, remote: RemoteFiles | None = None) -> list[Path | str | ShardEntry]:
@@ -49,6 +50,8 @@ def expand_shards(pattern: str, remote: RemoteFiles | None = None) -> list[Path 
     else:
         remote.check(pattern)
         paths = _expand_braces(pattern)
+        if len(paths) > MOST_IN_RANGE:
+            raise ShardError(f"{pattern}: {len(paths)} shards elsewhere, each to be asked for at the start; list them")
     if pattern.endswith(".list"):
         return read_shard_list(pattern, remote)
     if is_remote(pattern):
@@ -91,6 +94,8 @@ def read_shard_list(location: str, remote: RemoteFiles | None = None) -> list[Sh
         raise ShardError(f"{location}: not a usable list of shards ({error})") from None
     folder = location.rpartition("/")[0] if is_remote(location) else path.parent
     place = f"{folder}/{{}}".format if is_remote(location) else folder.joinpath
+    if len({name for name, *_ in entries}) < len(entries):
+        raise ShardError(f"{location}: not a usable list of shards (it names one twice)")
     shards = [ShardEntry(place(name), samples, digest) for name, samples, digest in entries if samples]
     if not shards:
         raise ShardError(f"{location}: no sample is left in any of its {len(entries)} shards")

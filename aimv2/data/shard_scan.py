@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aimv2.data.images import FORMATS, image_header
+from aimv2.data.images import FORMATS, MOST_BYTES, image_header
 from aimv2.data.shard_index import (
     EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -19,6 +19,7 @@ from aimv2.data.shard_index import (
     digest_of,
     index_path,
     read_index,
+    row_crc32,
     write_index,
 )
 from aimv2.data.tar import BLOCK, Member, ShardError, read_members
@@ -53,8 +54,11 @@ def renew_index(shard: Path, old: ShardIndex) -> None:
     with open(shard, "rb", buffering=0) as file:
         new = scan_shard(shard, file.fileno())
     if new.digest != old.digest:
-        raise ShardError(f"{shard}: its contents changed; if that was meant, delete {index_path(shard).name}")
-    write_index(shard, replace(read_index(shard), source_mtime_ns=new.source_mtime_ns))
+        raise ShardError(
+            f"{shard}: its contents changed; if that was meant, delete {index_path(shard).name} and prepare the folder "
+            "again, for the rows it kept go with it"
+        )
+    write_index(shard, replace(read_index(shard), source_size=new.source_size, source_mtime_ns=new.source_mtime_ns))
 
 
 @dataclass(slots=True)
@@ -62,6 +66,7 @@ class _Scan:
     """What a scan has found so far."""
 
     read: Callable[[Member], tuple[int, bytes]]  # crc32 of a member, and its first bytes
+    read_whole: Callable[[Member], bytes]
     keys: list[bytes] = field(default_factory=list)
     member_end: list[int] = field(default_factory=list)
     headers: list[tuple[int, int, int]] = field(default_factory=list)  # width, height, format of each row
@@ -103,6 +108,13 @@ class _Scan:
             self.caption_bytes[-1] = min(member.size, _MOST_16_BITS)
         elif extension in IMAGE_EXTENSIONS and len(self.extensions & _IMAGES) == 1:
             self.headers[-1] = _header(beginning)
+            if self.headers[-1][2] == NO_FORMAT and len(beginning) < member.size <= MOST_BYTES:
+                self.headers[-1] = _header(self.read_whole(member))  # WebP is read whole; others have long metadata
+
+    def _row_crc32s(self) -> list[int]:
+        begins = [0, *self.member_end[:-1]]
+        spans = zip(self.keys, begins, self.member_end, strict=True)
+        return [row_crc32(key, self.members[begin:end]) for key, begin, end in spans]
 
     def columns(self) -> dict[str, np.ndarray]:
         extension, block, size, crc32 = zip(*self.members, strict=True)
@@ -115,6 +127,7 @@ class _Scan:
             "block": np.array(block, np.uint32),
             "size": np.array(size, np.uint32),
             "crc32": np.array(crc32, np.uint32),
+            "row_crc32": np.array(self._row_crc32s(), np.uint32),
             "width": np.array(width, np.uint16),
             "height": np.array(height, np.uint16),
             "image_format": np.array(image_format, np.uint8),
@@ -137,7 +150,10 @@ def scan_shard(shard: Path, fd: int) -> ShardIndex:
         ShardError: the tar is damaged, has a key in two places, a member twice, or no sample.
     """
     stat = os.fstat(fd)
-    scan = _Scan(read=lambda member: _read(shard, fd, member))
+    scan = _Scan(
+        read=lambda member: _read(shard, fd, member),
+        read_whole=lambda member: os.pread(fd, member.size, member.offset),
+    )
     for member in read_members(shard, fd):
         scan.add(shard, member)
     if not scan.keys:

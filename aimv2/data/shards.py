@@ -26,6 +26,7 @@ __all__ = ["DamagedMember", "Sample", "ShardError", "Shards", "ensure_indices", 
 logger = logging.getLogger(__name__)
 
 MOST_TEXT_BYTES = 4 << 20  # of a txt or json; parsed, JSON may take 25 times its size
+MOST_TO_INDEX = 256  # at the start of a run
 OPEN_SHARDS = WINDOW // SMALLEST_CHUNK + 64  # of one source in one process; two file descriptors each
 MOST_FILES = 1 << 16  # descriptors of a process, where the system allows as many
 
@@ -50,21 +51,29 @@ def ensure_indices(shards: Iterable[Path | str | ShardEntry]) -> int:
     Remote shards are left alone: theirs must be beside them.
 
     Raises:
-        ShardError: a shard is damaged, or is not the one that its index was made from.
+        ShardError: a shard is damaged, is not the one that its index was made from, or keeps other rows than its list
+            says; or more than MOST_TO_INDEX have no index, which would take one process too long.
     """
-    built = 0
-    for shard in shards:
-        path = shard.location if isinstance(shard, ShardEntry) else shard
-        if isinstance(path, str):
-            continue
-        if not index_path(path).exists():
-            build_index(path)
-            built += 1
-        elif not (old := read_index(path, columns=False)).is_of(os.stat(path)):
-            renew_index(path, old)
-    if built:
-        logger.info("indexed %d shards", built)
-    return built
+    entries = [shard if isinstance(shard, ShardEntry) else ShardEntry(shard, None, None) for shard in shards]
+    local = [entry for entry in entries if isinstance(entry.location, Path)]
+    missing = [entry.location for entry in local if not index_path(entry.location).exists()]
+    if len(missing) > MOST_TO_INDEX:
+        raise ShardError(
+            f"{missing[0]} and {len(missing) - 1} more have no index: `make_shards.py prepare FOLDER` builds them, on "
+            "all cores"
+        )
+    for path in missing:
+        build_index(path)
+    if missing:
+        logger.info("indexed %d shards", len(missing))
+    for path, samples, digest in local:
+        index = read_index(path, columns=False)
+        if not index.is_of(os.stat(path)):
+            logger.info("%s: its time is another than when it was indexed, so it is read again", path)
+            renew_index(path, index)
+        if digest is not None and (index.samples, index.identity) != (samples, digest):
+            raise ShardError(f"{path}: its index is another than the list of shards says; prepare the folder again")
+    return len(missing)
 
 
 class Shards(Sequence[Sample]):
@@ -89,6 +98,8 @@ class Shards(Sequence[Sample]):
         remote: RemoteFiles | None = None,
     ):
         self._extensions, self._remote = frozenset(extensions), remote
+        if not shards:
+            raise ShardError("no shards: expected at least one")
         entries = [shard if isinstance(shard, ShardEntry) else self._entry(shard) for shard in shards]
         self.locations = [entry.location for entry in entries]
         self.digests = [entry.digest for entry in entries]
@@ -124,6 +135,12 @@ class Shards(Sequence[Sample]):
                 raise DamagedMember("other bytes than were indexed")
             _put(sample, extension, data)
         return sample
+
+    def unopened(self, number: int) -> str | None:
+        """The URL of the index that has to be fetched before a sample can be read, if any."""
+        shard, _ = self._locate(number)
+        location = self.locations[shard]
+        return f"{location}.idx" if isinstance(location, str) and shard not in self._opened else None
 
     def places(self, number: int) -> list[tuple[str, int, int]]:
         """(URL, offset, size) of the members that reading a sample needs from elsewhere, for `RemoteFiles.prefetch`."""
@@ -204,7 +221,10 @@ class _OpenShard:
     def read(self, offset: int, size: int) -> bytes:
         if self._file is None:
             return self._remote.read(self._location, offset, size)
-        return os.pread(self._file.fileno(), size, offset)
+        data = os.pread(self._file.fileno(), size, offset)
+        while len(data) < size and (more := os.pread(self._file.fileno(), size - len(data), offset + len(data))):
+            data += more  # file systems may give less than was asked for
+        return data
 
     def close(self) -> None:
         if self._file is not None:

@@ -21,9 +21,9 @@ FEWEST_ALPHANUMERICS = 3
 MODEL_FILE = "tokenizer.model"
 
 # Real tags only: "a < b > c" is text.
-_TAG = re.compile(r"<!--.*?-->|</?[a-zA-Z][^<>]*>", re.DOTALL)
+TAG = re.compile(r"<!--.*?-->|</?[a-zA-Z][^<>]*>", re.DOTALL)
 _FIXES = ftfy.TextFixerConfig(unescape_html=False, uncurl_quotes=False, normalization="NFC")
-_INVISIBLE = ("Cc", "Cf", "Cs")  # control; zero-width and bidirectional format; lone surrogates
+INVISIBLE = ("Cc", "Cf", "Cs")  # control; zero-width and bidirectional format; lone surrogates
 
 
 def clean_caption(raw: str | bytes) -> str:
@@ -35,9 +35,9 @@ def clean_caption(raw: str | bytes) -> str:
     text = text[: 4 * MOST_CHARACTERS]
     if not text.isascii() or any(sign in text for sign in "&<\x1b"):  # else nothing to repair, which is quick
         text = html.unescape(html.unescape(text))  # web captions are often escaped twice
-        text = _TAG.sub(" ", text)
+        text = TAG.sub(" ", text)
         text = ftfy.fix_text(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), _FIXES)
-    text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in _INVISIBLE)
+    text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in INVISIBLE)
     text = " ".join(text.split())[:MOST_CHARACTERS].rstrip()
     return text if sum(map(str.isalnum, text)) >= FEWEST_ALPHANUMERICS else ""
 

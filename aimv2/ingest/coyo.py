@@ -63,6 +63,7 @@ class Joined:
             lines.append(f"  {self.repeated} of them have a url of several rows: that with their caption, or the first")
         for names, what in (
             (download.unfinished, "unfinished, left out"),
+            (download.empty, "empty: every download had failed"),
             (download.gaps, "missing numbers"),
             (download.gone, "stats without a tar"),
             (self.from_json, "no usable parquet file, so its json members were read"),
@@ -71,7 +72,7 @@ class Joined:
                 lines.append(f"  {what}: {' '.join(names)}")
         failed = download.failed_to_download + download.failed_to_resize
         lines.append(f"  {failed} of {download.count} downloads had failed")
-        return "\n".join([*lines, *self.unusable])
+        return "\n".join([*lines, *download.unusable, *self.unusable])
 
 
 class _Probe(NamedTuple):
@@ -100,11 +101,12 @@ def join_coyo(metadata: Path, images: Path, workers: int = 1, progress: Progress
 
     Raises:
         ValueError: a folder has no parquet file or no finished shard, or was joined to other metadata before.
-        ShardError: a stats file is damaged.
     """
     parts = sorted(metadata.glob("*.parquet"))
     if not parts:
-        raise ValueError(f"{metadata}: no .parquet file")
+        inside = sorted({f"{path.parent.name}/" for path in metadata.glob("*/*.parquet")})
+        hint = f"; there are some in {', '.join(inside)}" if inside else ""
+        raise ValueError(f"{metadata}: no .parquet file{hint}")
     schema = read_schema(parts[0])
     result = Joined(read_download(images))
     unfinished = {name.removesuffix(".tar") for name in result.download.unfinished}

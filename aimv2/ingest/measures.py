@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from aimv2.data.images import BadImage, decode_image
-from aimv2.data.tokenizer import _INVISIBLE, _TAG, MOST_CHARACTERS, Tokenizer, clean_caption
+from aimv2.data.tokenizer import INVISIBLE, TAG, MOST_CHARACTERS, Tokenizer, clean_caption
 
 HASHED = 32  # side of the image that is hashed; a JPEG is decoded at 1/8 as long as it is not smaller
 _FREQUENCIES = 8  # kept of each axis
@@ -92,7 +92,7 @@ def measure_caption(raw: str | bytes, tokenizer: Tokenizer | None = None) -> Cap
         words=len(clean.split()),
         tokens=None if tokenizer is None else len(tokenizer.encode(raw, limit=1 << 30)),
         escaped=escaped,
-        tags="<" in unescaped and _TAG.search(unescaped) is not None,
+        tags="<" in unescaped and TAG.search(unescaped) is not None,
         invisible=not unescaped.isprintable() and any(map(_is_invisible, unescaped)),
         not_utf8=not_utf8,
         cut=len(text) > len(clean) >= MOST_CHARACTERS - 1,  # the cut may leave a space at the end, which goes too
@@ -109,7 +109,7 @@ def _decode(raw: str | bytes) -> tuple[str, bool]:
 
 
 def _is_invisible(character: str) -> bool:
-    return not character.isspace() and unicodedata.category(character) in _INVISIBLE
+    return not character.isspace() and unicodedata.category(character) in INVISIBLE
 
 
 def parse_json(data: bytes | None) -> Mapping[str, Any]:

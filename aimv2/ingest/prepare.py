@@ -72,7 +72,8 @@ def prepare(folder: str | Path, config: PrepareConfig, progress: Progress | None
         raise ValueError(f"{folder}: no .tar file")
     download = read_download(folder) if is_download(folder) else None
     report = Report(folder=folder, command=config.command, tars=len(tars), download=download)
-    finished = [tar for tar in tars if download is None or tar.name not in download.unfinished]
+    left_out = {*download.unfinished, *download.empty} if download else set()
+    finished = [tar for tar in tars if tar.name not in left_out]
 
     measured, names = _measure(finished, config, report.damage, progress)
     samples = sum(measured.values())

@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aimv2.data.tar import ShardError
-from aimv2.ingest.shard_measures import FOLDER, HAS, JSON, measures_path, numbers_path
+from aimv2.ingest.prepared_folder import FOLDER
+from aimv2.ingest.shard_measures import HAS, JSON, measures_path, numbers_path
 
 DERIVED = ("min_side", "aspect")
 GIVEN_PHASH = "image_phash"  # COYO's, 16 hex digits

@@ -24,6 +24,7 @@ from aimv2.ingest.measures import (
     measure_image,
     parse_json,
 )
+from aimv2.ingest.prepared_folder import COLUMNS, FOLDER, MEASURES, writing
 from aimv2.whole_files import whole_file
 
 try:
@@ -33,8 +34,7 @@ except ImportError as error:
     raise ImportError('measures are kept as parquet files: pip install "aimv2[train]"') from error
 
 FORMAT = "aimv2 measures 1"
-FOLDER = "prepared"
-MOSTJSON_NUMBERS = 64  # names in one shard, the most frequent ones
+MOST_JSON_NUMBERS = 64  # names in one shard, the most frequent ones
 DAMAGED = "other bytes than were indexed"
 
 JSON = "json:"  # before the names of numbers from KEY.json
@@ -115,13 +115,14 @@ class ShardMeasurer:
 
         Raises:
             ShardError: the disk does not give the bytes.
+            WriteError: it does not take the measures.
         """
         contents = self._contents(shard, index)
         path = measures_path(shard)
         rows, damage = self._measure(shard, index, contents)
         table = _table(rows, contents)
-        path.parent.mkdir(exist_ok=True)
-        with whole_file(path) as temporary:
+        with writing(path), whole_file(path) as temporary:
+            path.parent.mkdir(exist_ok=True)
             pq.write_table(table, temporary, compression="zstd")
         return damage
 
@@ -222,7 +223,7 @@ def _damage(shard: Path, offset: int, key: str, extension: str) -> str:
 def _table(rows: list[dict], contents: _Contents) -> pa.Table:
     types = _TYPES | {HAS + where: pa.bool_() for where in contents.captions}
     numbers = Counter(name for row in rows for name in row if name.startswith(JSON))
-    types |= {name: pa.float64() for name, _ in numbers.most_common(MOSTJSON_NUMBERS)}
+    types |= {name: pa.float64() for name, _ in numbers.most_common(MOST_JSON_NUMBERS)}
     meta = {name: getattr(contents, name) for name in contents.__slots__} | {"format": FORMAT}
     columns = [pa.array([row.get(name) for row in rows], kind) for name, kind in types.items()]
     return pa.table(columns, pa.schema(list(types.items()), {_META: json.dumps(meta)}))

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aimv2.data.tar import ShardError, read_members
+from aimv2.ingest.downloads import read_successes
 
 MOST_JSON_BYTES = 1 << 20
 
@@ -37,7 +38,7 @@ def read_sidecar(shard: Path) -> Sidecar:
     if table is None:
         table = _read_json(shard)
     column = "id" if "id" in table.column_names else "url"
-    successes = _successes(shard)
+    successes = read_successes(shard)
     if table.num_rows != successes:
         source = "its json members" if from_json else shard.with_suffix(".parquet").name
         raise ShardError(f"{shard}: {table.num_rows} samples in {source}, {successes} in its stats")
@@ -48,14 +49,6 @@ def read_sidecar(shard: Path) -> Sidecar:
         return Sidecar(keys, names, column, captions.cast(pa.string()), from_json)
     except pa.ArrowInvalid as error:
         raise ShardError(f"{shard}: its keys, captions or column {column} ({error})") from None
-
-
-def _successes(shard: Path) -> int:
-    path = shard.with_name(f"{shard.stem}_stats.json")
-    try:
-        return int(json.loads(path.read_bytes())["successes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path}: not the stats of an img2dataset shard ({error!r})") from None
 
 
 def _read_parquet(path: Path) -> pa.Table | None:

@@ -234,6 +234,26 @@ def test_captions_of_several_places_come_by_their_shares(config, folder, tmp_pat
         load(replace(config, train=[source]), 1)
 
 
+def test_a_caption_that_is_empty_gives_way_to_one_that_is_not(config, tmp_path):
+    with webdataset.TarWriter(f"{tmp_path}/a.tar") as writer:
+        jpeg = io.BytesIO()
+        Image.new("RGB", (40, 40)).save(jpeg, "JPEG")
+        record = json.dumps({"list": ["  ", "blue square", "<br/>"], "none": ["", "?"]})
+        writer.write({"__key__": "0", "jpg": jpeg.getvalue(), "txt": b"", "json": record})
+    ensure_indices([tmp_path / "a.tar"])
+    tokenizer = Tokenizer(config.tokenizer)
+
+    def texts(captions):
+        source = Source(name="a", shards=f"{tmp_path}/a.tar", captions=captions)
+        place = {"patch_size": PATCH, "micro_batch": 1, "seed": 1, "rank": 0, "world_size": 1}
+        found = load(replace(config, train=[source]), 20)
+        found += list(validation_loader(replace(config, validation=source), **place))
+        return {tokenizer.decode(t[:n].tolist()) for b in found for t, n in zip(b.text, b.text_length, strict=True)}
+
+    assert texts("json:list") == texts({"txt": 0.9, "json:list": 0.1}) == {"blue square"}
+    assert texts({"txt": 0.5, "json:none": 0.5}) == texts("txt") == {""}
+
+
 def test_validation_takes_the_first_place_that_a_sample_has(config, folder):
     source = Source(name="v", shards=f"{folder}/b-*.tar", captions={"json:none": 0.5, "json:captions": 0.1, "txt": 0.4})
     first = replace(source, captions="json:captions")

@@ -62,7 +62,7 @@ def test_shares_of_any_weights_are_near(given_weights):
 @settings(deadline=None)
 @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=3))
 def test_few_weights_of_any_kind_are_kept_within_a_sample_of_a_million(given_weights):
-    """A period that divides well is found for them: by Dirichlet an error of 1 / (period * 256) with three sources."""
+    """The best of all periods errs by about its length to the power of -1.5 with three sources: 0.01 in a million."""
     shares = np.array(whole_shares(given_weights))
     exact = np.array(given_weights) / sum(given_weights)
     assert np.abs(shares / shares.sum() - exact).max() * 1e6 < 1
@@ -137,7 +137,7 @@ def test_a_distant_sample_costs_nothing(weights):
     begin = time.process_time()
     mix = Mixture([747_000_000, 12_000_000, 1_281_167][: len(weights)], weights, seed=0)
     mix.locate(10**9)
-    assert time.process_time() - begin < 0.5  # measured 0.03 to 0.09
+    assert time.process_time() - begin < 2  # measured 0.2 to 0.4
 
 
 def test_far_out_the_counts_are_still_exact():
@@ -213,7 +213,7 @@ def test_weights_over_time():
     ):
         with pytest.raises(ValueError, match=message):
             weights_over_time(sources, wrong)
-    with pytest.raises(ValueError, match="expected a name for each"):
+    with pytest.raises(ValueError, match="expected a different name for each"):
         weights_over_time([sources[0], sources[0]], [])
     with pytest.raises(ValueError, match="sample 0: expected 1 or more"):
         MixtureChange(sample=0, weights={"a": 1.0})

@@ -38,6 +38,7 @@ def environment(monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(connections, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(connections, "ATTEMPTS", 4)
 
 
 @pytest.fixture

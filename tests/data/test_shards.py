@@ -277,10 +277,46 @@ def test_a_copied_shard_is_stale_until_its_index_is_renewed(shard):
 
 def test_a_shard_with_other_contents_is_refused(shard):
     write_tar(shard, [(name, data[::-1]) for name, data in numbered(30)])
+    os.utime(shard, (0, 0))  # whole seconds tell, for copies keep no more
     with pytest.raises(ShardError, match=r"its contents changed; if that was meant, delete a\.tar\.idx"):
         ensure_indices([shard])
     index_path(shard).unlink()
     assert ensure_indices([shard]) == 1
+
+
+def test_a_shard_with_more_zeros_at_its_end_is_the_same(shard):
+    shard.write_bytes(shard.read_bytes() + bytes(10240))
+    with pytest.raises(ShardError, match="its index is stale"):
+        Shards([shard])
+    for _ in range(2):
+        assert ensure_indices([shard]) == 0
+        assert len(Shards([shard])) == 30
+
+
+def test_a_copy_may_lose_what_is_less_than_a_second(shard):
+    os.utime(shard, ns=(0, shard.stat().st_mtime_ns // 10**9 * 10**9))
+    assert len(Shards([shard])) == 30
+
+
+def test_a_list_that_is_older_than_its_indices_is_found_at_the_start(shard):
+    path = write_shard_list(shard.parent, [shard.name])
+    select_rows(shard, np.arange(5))
+    with pytest.raises(ShardError, match=r"a\.tar: its index is another than the list of shards says"):
+        ensure_indices(expand_shards(str(path)))
+
+
+def test_many_shards_without_an_index_are_left_to_prepare(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "MOST_TO_INDEX", 2)
+    paths = [write_tar(tmp_path / f"{i}.tar", numbered(1)) for i in range(3)]
+    with pytest.raises(ShardError, match=r"0\.tar and 2 more have no index: `make_shards.py prepare FOLDER` builds"):
+        ensure_indices(paths)
+    assert ensure_indices(paths[:2]) == 2
+
+
+def test_a_file_system_that_gives_less_than_was_asked_for(shard, monkeypatch):
+    expected, pread = list(Shards([shard])), os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: pread(fd, min(size, 100), offset))
+    assert list(Shards([shard])) == expected
 
 
 def test_a_shard_replaced_while_it_is_in_use_is_refused(shard):
@@ -308,7 +344,7 @@ def test_the_index_takes_under_100_bytes_a_sample(tmp_path):
     files = [(f"{i:09d}.{e}", b"x") for i in range(2000) for e in ("jpg", "txt", "json")]
     path = write_tar(tmp_path / "a.tar", files)
     build_index(path)
-    assert index_path(path).stat().st_size < 65 * 2000
+    assert index_path(path).stat().st_size < 69 * 2000
 
 
 def test_few_shards_are_open_at_a_time_and_all_are_read(tmp_path, monkeypatch):
@@ -425,14 +461,19 @@ def test_the_index_knows_the_headers(tmp_path):
         image = io.BytesIO()
         Image.new("RGB", size).save(image, kind)
         files += [(f"{i}.jpg", image.getvalue()), (f"{i}.txt", b"x" * (10 + i))]
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (800, 700, 3), np.uint8)
+    Image.fromarray(noise).save(buffer, "WEBP", lossless=True, quality=0)
+    assert len(buffer.getvalue()) > 1 << 20  # more than is looked at first
+    files += [("9.webp", buffer.getvalue())]
     files += [("4.jpg", b""), ("4.png", files[0][1]), ("5.txt", b"y" * 70_000)]
     path = write_tar(tmp_path / "a.tar", files)
     columns = build_index(path).columns
-    assert columns["width"].tolist() == [40, 65_535, 33, 0, 0, 0]
-    assert columns["height"].tolist() == [30, 2, 55, 0, 0, 0]
+    assert columns["width"].tolist() == [40, 65_535, 33, 0, 700, 0, 0]
+    assert columns["height"].tolist() == [30, 2, 55, 0, 800, 0, 0]
     known = [FORMATS.index(kind) for kind in ("JPEG", "PNG", "WEBP")]
-    assert columns["image_format"].tolist() == [*known, NO_FORMAT, NO_FORMAT, NO_FORMAT]
-    assert columns["caption_bytes"].tolist() == [10, 11, 12, 13, 0, 65_535]
+    assert columns["image_format"].tolist() == [*known, NO_FORMAT, known[2], NO_FORMAT, NO_FORMAT]
+    assert columns["caption_bytes"].tolist() == [10, 11, 12, 13, 0, 0, 65_535]
 
 
 # --- patterns -------------------------------------------------------------------------------------------------------
