@@ -147,10 +147,9 @@ def _find(owner: Any, name: str) -> list[str]:
 
 
 def _parse(annotation: Any, text: str, key: str) -> Any:
-    """The value of type `annotation` that `text` spells; in a union, str is tried last. Dicts, dataclasses are JSON."""
-    if text[:1] in ("{", "[") and (
-        _has_dataclass(annotation) or any(get_origin(c) is dict for c in _choices(annotation))
-    ):
+    """The value of type `annotation` that `text` spells: dicts and dataclasses as JSON; in a union, str is tried last."""
+    takes_json = _has_dataclass(annotation) or any(get_origin(choice) is dict for choice in _choices(annotation))
+    if takes_json and text[:1] in ("{", "["):
         with contextlib.suppress(json.JSONDecodeError, RecursionError):
             return _build(annotation, json.loads(text), key)
     for choice in sorted(_choices(annotation), key=lambda choice: choice is str):

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from aimv2.data.images import BadImage, decode_image
-from aimv2.data.tokenizer import INVISIBLE, TAG, MOST_CHARACTERS, Tokenizer, clean_caption
+from aimv2.data.tokenizer import INVISIBLE, MOST_CHARACTERS, TAG, Tokenizer, clean_caption
 
 HASHED = 32  # side of the image that is hashed; a JPEG is decoded at 1/8 as long as it is not smaller
 _FREQUENCIES = 8  # kept of each axis

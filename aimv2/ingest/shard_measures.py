@@ -24,7 +24,7 @@ from aimv2.ingest.measures import (
     measure_image,
     parse_json,
 )
-from aimv2.ingest.prepared_folder import COLUMNS, FOLDER, MEASURES, writing
+from aimv2.ingest.prepared_folder import FOLDER, writing
 from aimv2.whole_files import whole_file
 
 try:
