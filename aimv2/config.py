@@ -147,7 +147,7 @@ def _find(owner: Any, name: str) -> list[str]:
 
 
 def _parse(annotation: Any, text: str, key: str) -> Any:
-    """The value of type `annotation` that `text` spells: dicts and dataclasses as JSON; in a union, str is tried last."""
+    """The value of type `annotation` that `text` spells; dicts and dataclasses are JSON, in a union str is last."""
     takes_json = _has_dataclass(annotation) or any(get_origin(choice) is dict for choice in _choices(annotation))
     if takes_json and text[:1] in ("{", "["):
         with contextlib.suppress(json.JSONDecodeError, RecursionError):
