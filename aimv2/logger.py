@@ -68,6 +68,7 @@ class Logger:
         self._begun = self._window = time.monotonic()
         self._origin: tuple[int, float] | None = None  # step and time from which the ETA is reckoned
         self._timed, self._paused, self._waited = 0, 0.0, 0.0  # steps and seconds since the last line
+        self._replaced = 0  # samples since then
         if wandb and importlib.util.find_spec("wandb") is None:
             raise ValueError(f"wandb={wandb!r} needs the package wandb, which is not installed")
         self._closers = contextlib.ExitStack()
@@ -129,6 +130,10 @@ class Logger:
         """The unfinished window, for the checkpoint: sums over steps and ranks, and "steps"; {} if none. Collective."""
         return self._read()[0]
 
+    def replaced(self, samples: int) -> None:
+        """So many of this rank's samples could not be used, and others took their places."""
+        self._replaced += samples
+
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Around `next(batches)`: the time counts as waiting for data."""
@@ -147,27 +152,28 @@ class Logger:
         """Flushes and closes everything; to be called at the end of the run, also after an error."""
         self._closers.close()
 
-    def _read(self) -> tuple[dict[str, float], list[float]]:
-        """The window's sums over steps and ranks, and the seconds each rank waited for data.
+    def _read(self) -> tuple[dict[str, float], list[float], int]:
+        """The window's sums over steps and ranks, the seconds each rank waited for data, and all samples replaced.
 
         One reduction, and the one place that waits for the device.
         """
         on_cuda = dist.is_initialized() and dist.get_backend() == "nccl"
         device = next((value.device for value in self._sums.values()), torch.device("cuda" if on_cuda else "cpu"))
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        waits = torch.zeros(world, dtype=torch.float64)
-        waits[rank] = self._waited
-        values = torch.cat([*(value.reshape(1) for value in self._sums.values()), waits.to(device)])
+        counts = torch.zeros(world + 1, dtype=torch.float64)
+        counts[rank], counts[world] = self._waited, self._replaced
+        values = torch.cat([*(value.reshape(1) for value in self._sums.values()), counts.to(device)])
         if dist.is_initialized():
             dist.all_reduce(values)
         sums = dict(zip(self._sums, values.tolist(), strict=False))
         totals = {name: self._carried.get(name, 0.0) + sums.get(name, 0.0) for name in self._carried | sums}
         totals["steps"] = self._carried.get("steps", 0) + self._losses
         totals = totals if totals["steps"] else {}
-        return totals, values.tolist()[len(sums) :]
+        *waits, replaced = values.tolist()[len(sums) :]
+        return totals, waits, round(replaced)
 
     def _report(self, step: int, scalars: dict[str, float | Tensor | None]) -> None:
-        totals, waits = self._read()
+        totals, waits, replaced = self._read()
         now = time.monotonic()
         elapsed = max(now - self._window - self._paused, 1e-9)
         speed = self._timed * self.batch_size / elapsed
@@ -175,6 +181,7 @@ class Logger:
         line: dict[str, Any] = {"step": step, "time": now - self._begun}
         line |= {name: total / count for name, total in totals.items()}
         line |= {k: v if isinstance(v, int) else float(v) for k, v in scalars.items() if v is not None}
+        line |= {"replaced": replaced} if replaced else {}
         line |= {"images_per_second": speed, "data_wait": max(waits) / elapsed}
         if len(waits) > 1:
             line["data_wait_rank"] = waits.index(max(waits))
@@ -186,7 +193,7 @@ class Logger:
             self._write(line, {f"train/{name}": value for name, value in line.items() if name != "step"})
             self._show(line)
         self._sums, self._carried, self._losses = {}, {}, 0
-        self._window, self._timed, self._paused, self._waited = time.monotonic(), 0, 0.0, 0.0
+        self._window, self._timed, self._paused, self._waited, self._replaced = time.monotonic(), 0, 0.0, 0.0, 0
 
     def _write(self, line: dict[str, Any], scalars: dict[str, float]) -> None:
         # JSON has no NaN; null says that there was a value and it was not finite.

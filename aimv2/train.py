@@ -188,6 +188,7 @@ def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Trai
             lr = set_learning_rate(engine, config.optim, state.step, config.steps)
             with log.waiting():
                 micro_batches = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
+            log.replaced(sum(batch.count_replaced() for batch in micro_batches))
             counts = global_counts(micro_batches, device)
             for batch in micro_batches:
                 losses = engine(batch.to(device), counts)

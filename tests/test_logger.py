@@ -81,6 +81,15 @@ def test_a_loss_is_the_sum_over_micro_batches_and_the_mean_over_steps(open_logge
         assert line["skipped"] == 0
 
 
+def test_samples_that_were_replaced_are_counted_between_lines(open_logger, tmp_path):
+    log = open_logger(every=2, steps=6)
+    for step, replaced in enumerate((3, 1, 0, 0, 0, 2), start=1):
+        log.replaced(replaced)
+        train(log, [step])
+    lines, _ = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line.get("replaced") for line in lines] == [4, None, 2]
+
+
 def test_every_digit_is_kept(open_logger, tmp_path):
     values = [0.1 + 0.2, 1 / 3, 5e-324, 1.7976931348623157e308]
     log = open_logger(every=1, steps=4)

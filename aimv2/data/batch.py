@@ -34,6 +34,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.sample)
 
+    def count_replaced(self) -> int:
+        """Samples that were replaced, however many tries each took."""
+        return len({replaced.sample for replaced in self.replaced})
+
     def to(self, device: torch.device | str) -> Self:
         """A copy on `device`; asynchronous if this batch is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))

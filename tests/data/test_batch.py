@@ -43,6 +43,12 @@ def test_to_moves_every_tensor_and_keeps_the_rest():
     assert (moved.num_patches, moved.replaced, len(moved)) == (16, batch.replaced, 2)
 
 
+def test_several_tries_for_a_sample_are_one_replaced():
+    batch = make([1], [1])
+    batch.replaced = [Replaced(3, "cut off", "a"), Replaced(3, "cut off", "b"), Replaced(4, "no txt", "c")]
+    assert batch.count_replaced() == 2
+
+
 def test_survives_a_pickle():
     batch = pickle.loads(pickle.dumps(make([1, 2], [1, 2])))
     assert batch.prefix_length.tolist() == [1, 2]
