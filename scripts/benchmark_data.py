@@ -40,6 +40,7 @@ class Photos:
         if samples < SHARDS:
             raise ValueError(f"--samples {samples}: expected {SHARDS} or more")
         self.samples, self.notes = samples, Counter()
+        self.opaque: dict[str, str] = {}
         self.recipe = {"photos": samples, "sides": list(SIDES), "quality": 90, "version": 1}
 
     def __len__(self) -> int:

@@ -8,6 +8,7 @@ Whatever was interrupted goes on when the same command is given again.
 """
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from aimv2.data.processes import LostProcess
 from aimv2.data.shapes import WORLDS, ShapesRecipe, write_shards
 from aimv2.data.shard_list import LIST_NAME
-from aimv2.data.shard_writer import SampleSource, is_written, report_path
+from aimv2.data.shard_writer import SampleSource, report_path
 from aimv2.data.shard_writer import write_shards as write_samples
 from aimv2.ingest import coyo as coyo_metadata
 from aimv2.ingest.downloads import is_download
@@ -50,7 +51,13 @@ def main() -> None:
         add(sources.add_parser(name, help=does, description=globals()[name].__doc__, formatter_class=FORMATTER))
     arguments = parser.parse_args()
     try:
-        arguments.run(arguments)
+        try:
+            arguments.run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; what is left must not be tried again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, ImportError, LostProcess) as error:
         sys.exit(f"make_shards: {error}")
     except KeyboardInterrupt:
@@ -162,18 +169,26 @@ def packing(arguments: argparse.Namespace) -> Packing:
 
 def write_source(arguments: argparse.Namespace, source: SampleSource) -> None:
     out = Path(arguments.out)
-    prepared = is_written(out) and (out / LIST_NAME).is_file()
     with Bars() as bars:
         written = write_samples(
             out, source, arguments.workers, progress=lambda done: bars.update("write", done, len(source))
         )
     print(f"{written.summary()}\n{report_path(out)}\n")
-    if prepared:  # perhaps with filters, which stay
+    if (out / LIST_NAME).is_file():  # no shard was written; perhaps with filters, which stay
         print(f"{out / LIST_NAME} is as it was")
         return
+    if filters := last_prepare(out):
+        sys.exit(f"make_shards: {out}: new shards are not filtered as the others are; now run: {filters}")
     measures = {"no_decode": False, "no_phash": False, "tokenizer": None, "verify": False}
     captions = ["none"] if arguments.allow_no_caption else None
     run_prepare(argparse.Namespace(folder=out, workers=arguments.workers, captions=captions, **measures))
+
+
+def last_prepare(out: Path) -> str | None:
+    """The command by which a folder was last prepared, if somebody chose one: its filters would be lost."""
+    report = out / "prepared" / "report.json"
+    command = json.loads(report.read_text()).get("command", "") if report.is_file() else ""
+    return command if shlex.split(command)[2:3] == ["prepare"] else None
 
 
 def add_coyo(parser: argparse.ArgumentParser) -> None:
@@ -218,9 +233,9 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
         "--nsfw",
         default="0.5",
         metavar="SCORE",
-        help="the highest nsfw_score_opennsfw2 and nsfw_score_gantman, where there are such; none: any (%(default)s)",
+        help="the highest nsfw_score_opennsfw2 and nsfw_score_gantman; samples without pass; none: any (%(default)s)",
     )
-    parser.add_argument("--keep-missing", action="store_true", help="filters pass samples that have no value")
+    parser.add_argument("--keep-missing", action="store_true", help="--keep passes samples that have no value, too")
     parser.add_argument("--all", action="store_true", help="keep every sample, as if there had never been a filter")
 
 
@@ -249,8 +264,8 @@ def prepare(arguments: argparse.Namespace) -> None:
 
     What the filters leave is written into the indices (00000.tar.idx) and listed in FOLDER/shards.list. Run it again
     with other filters, or with --all: nothing is measured twice. By default only what cannot be used is dropped: images
-    that cannot be decoded, samples without a caption, and those over --nsfw. Captions that clean to nothing are counted
-    and their samples kept, to be trained on for the pixels.
+    that cannot be decoded, samples without a caption, and those over --nsfw. Samples without a score, and those whose
+    captions clean to nothing, are counted and kept; the latter are trained on for the pixels.
 
     Each damage is a line `SHARD: byte OFFSET: REASON`, and the exit status then is 1.
     """
@@ -269,10 +284,13 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def img2dataset(arguments: argparse.Namespace) -> None:
-    """Sum up a download of img2dataset, and prepare it with the default filters."""
+    """Sum up a download of img2dataset, and prepare it with the default filters.
+
+    Where FOLDER/shards.list is, what is new is measured and the list stays as it is; `prepare` changes it.
+    """
     if not is_download(Path(arguments.folder)):
         raise ValueError(f"{arguments.folder}: no *_stats.json, which img2dataset writes for each finished shard")
-    run_prepare(arguments)
+    run_prepare(arguments, leave=True)
 
 
 def run_prepare(arguments: argparse.Namespace, **choices) -> None:
@@ -295,7 +313,10 @@ def run_prepare(arguments: argparse.Namespace, **choices) -> None:
     if not report.selection.kept:
         sys.exit(f"make_shards: {arguments.folder}: no sample is left; its indices and shards.list are as they were")
     out = report.folder / "prepared"
-    print(f"\n{report.folder / 'shards.list'}\n{out / 'report.md'}\n{out / 'samples.png'}\n{out / 'histograms.png'}")
+    if report.left:
+        print(f"\n{report.folder / LIST_NAME} is as it was; prepare changes it")
+    else:
+        print(f"\n{report.folder / LIST_NAME}\n{out / 'report.md'}\n{out / 'samples.png'}\n{out / 'histograms.png'}")
     if report.damage:
         sys.exit(1)
 
@@ -303,7 +324,7 @@ def run_prepare(arguments: argparse.Namespace, **choices) -> None:
 class Bars:
     """A progress bar for each thing that is done, one after the other."""
 
-    UNITS: ClassVar = {"index": "B", "look": " shards", "find": " parts"}
+    UNITS: ClassVar = {"index": "B", "select": " samples", "apply": " shards", "look": " shards", "find": " parts"}
 
     def __init__(self):
         self._bar: tqdm | None = None

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -107,10 +108,45 @@ def test_the_same_command_again_changes_nothing_not_even_the_filters(make_shards
     assert captions(tmp_path / "made") == [b"a blue picture"]
 
 
-def test_shards_inside_the_folder_of_their_images(make_shards, pictures):
-    for _ in range(2):  # by the second time there are pictures of the report in it
-        assert make_shards("folder", ".", "--out", "pictures/made", "--workers", "1")[0] is None
-        assert captions(pictures / "made") == [b"a red picture", b"a blue picture"]
+def test_a_shard_that_is_written_again_does_not_lose_the_filters_unseen(make_shards, pictures, tmp_path):
+    command = ("folder", "pictures", "--out", "made", "--workers", "1", "--samples-per-shard", "1")
+    make_shards(*command)
+    filtered = ("prepare", "made", "--keep", "caption_characters > 13", "--workers", "1")
+    make_shards(*filtered)
+    (tmp_path / "made" / "000000.tar").unlink()
+    for _ in range(2):  # also if the first time was killed
+        error, _ = make_shards(*command)
+        assert "new shards are not filtered as the others are" in error and "--keep 'caption_characters > 13'" in error
+        assert not (tmp_path / "made" / "shards.list").exists()
+    assert make_shards(*filtered)[0] is None and captions(tmp_path / "made") == [b"a blue picture"]
+
+
+def test_a_shard_that_is_written_again_is_prepared_again(make_shards, pictures, tmp_path):
+    command = ("folder", "pictures", "--out", "made", "--workers", "1", "--samples-per-shard", "1")
+    make_shards(*command)
+    (tmp_path / "made" / "000000.tar").unlink()
+    code, said = make_shards(*command)
+    assert code is None and "as it was" not in said
+    assert captions(tmp_path / "made") == [b"a red picture", b"a blue picture"]
+
+
+def test_shards_into_the_folder_of_their_images_are_refused(make_shards, pictures, tmp_path):
+    for out in ("pictures", "pictures/made", "."):
+        error, _ = make_shards("folder", "pictures", "--out", out, "--workers", "1")
+        assert error.startswith("make_shards: ") and "shards cannot go into the folder of their images" in error
+    assert len(list(tmp_path.rglob("*"))) == 7  # nothing was written
+
+
+def test_a_reader_that_has_seen_enough(request, tmp_path):
+    """As in `| head`: no message."""
+    root = request.config.rootpath
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(root / "scripts" / "make_shards.py"), *SHAPES, "--workers", "1"]
+    options = {"cwd": tmp_path, "env": {"PYTHONPATH": str(root)}, "stdout": writer, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, **options, text=True)
+    os.close(writer)
+    assert done.returncode == 1 and "roken" not in done.stderr and "Traceback" not in done.stderr
 
 
 def test_images_without_captions_stay_if_they_may(make_shards, pictures, tmp_path):
@@ -124,7 +160,7 @@ def test_a_table_to_shards(make_shards, pictures, tmp_path):
     (tmp_path / "table.csv").write_text("path,alt,more\na.jpg,a,a long caption\nb.jpg,a short one,\n../x.jpg,a,b\n")
     columns = ("--image-column", "path", "--caption-column", "alt", "--caption-column", "more")
     code, said = make_shards("table", "table.csv", "--images", "pictures", "--out", "made", "--workers", "1", *columns)
-    assert code is None and "dropped 1: the image is outside the folder (such as table.csv: row 2)" in said
+    assert code is None and "dropped 1: the image is outside the folder (such as table.csv: line 4)" in said
     assert captions(tmp_path / "made") == [b"a long caption", b"a short one"]
 
 

@@ -3,9 +3,12 @@
 import itertools
 import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import TypeVar
 
 Job, Result = TypeVar("Job"), TypeVar("Result")
@@ -38,18 +41,44 @@ def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
 def _run_elsewhere(function: Callable[[Job], Result], jobs: Iterator[Job], workers: int) -> Iterator[Result]:
     # spawn: the caller may hold threads and a CUDA context, which do not survive a fork.
     context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # by now: its own start would let interrupts through again
     with ProcessPoolExecutor(workers, context, initializer=_ignore_interrupts) as pool:
         try:
-            waiting = {pool.submit(function, job) for job in itertools.islice(jobs, _AHEAD * workers)}
+            waiting = {_submit(pool, function, job) for job in itertools.islice(jobs, _AHEAD * workers)}
             while waiting:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield future.result()
-                    waiting |= {pool.submit(function, job) for job in itertools.islice(jobs, 1)}
+                    waiting |= {_submit(pool, function, job) for job in itertools.islice(jobs, 1)}
         except BrokenProcessPool:
             raise LostProcess("a worker process was killed (out of memory?); fewer workers need less") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable[[Job], Result], job: Job) -> Future:
+    with _interrupts_wait():
+        return pool.submit(function, job)
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Put off Ctrl-C, here and in the processes that are started meanwhile: these until they ignore it.
+
+    Without this, Ctrl-C while a process still imports its modules is a traceback from each.
+    """
+    came, is_main = [], threading.current_thread() is threading.main_thread()
+    # The mask is inherited. Another thread may take the signal all the same, and Python would raise it here.
+    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True)) if is_main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _ignore_interrupts() -> None:

@@ -13,13 +13,15 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from aimv2.data.processes import run_jobs
+from aimv2.data.shard_list import LIST_NAME
 from aimv2.data.shard_scan import build_index
 from aimv2.whole_files import whole_file, write_json
 
@@ -56,6 +58,7 @@ class SampleSource(Protocol):
     """Where samples come from."""
 
     recipe: dict  # what decides the samples, as JSON: the same recipe makes the same jobs
+    opaque: dict[str, str]  # fields of the recipe that tell a reader nothing, and what to say of another value
     notes: Counter[str]  # what was seen beside samples, and left alone
 
     def __len__(self) -> int:
@@ -102,8 +105,11 @@ class Written:
         shown += sources[: MOST_EXAMPLES - len(shown)]
 
 
-def is_complete(folder: Path, recipe: dict) -> bool:
+def is_complete(folder: Path, recipe: dict, opaque: Mapping[str, str] = MappingProxyType({})) -> bool:
     """Whether all shards of this recipe have been written to the folder.
+
+    Args:
+        opaque: what to say where these fields of the recipe differ, instead of their values: "the files are others".
 
     Raises:
         ValueError: the folder holds (or has begun to hold) the shards of another recipe; names what differs.
@@ -112,10 +118,10 @@ def is_complete(folder: Path, recipe: dict) -> bool:
         found = json.loads(marker.read_text())
         for name in {**recipe, **found}:
             if found.get(name) != recipe.get(name):
-                raise ValueError(
-                    f"{marker} says {name} = {found.get(name)!r}, the recipe says {recipe.get(name)!r}: "
-                    "write to another folder or remove this one"
-                )
+                said = f"{marker} says {name} = {found.get(name)!r}, the recipe says {recipe.get(name)!r}"
+                if name in opaque:
+                    said = f"{opaque[name]} than when {folder} was written"
+                raise ValueError(f"{said}: write to another folder or remove this one")
     return is_written(folder)
 
 
@@ -123,6 +129,8 @@ def write_shards(
     folder: Path, source: SampleSource, workers: int = 1, progress: Callable[[int], None] | None = None
 ) -> Written:
     """Write the shards of a source and their indices. Those that are already there are kept.
+
+    A list `shards.list` in the folder is removed when a shard has to be written: the new one has no filters yet.
 
     Args:
         workers: processes; with 1 everything happens in this one.
@@ -132,7 +140,7 @@ def write_shards(
         ValueError: the folder holds the shards of another recipe, or of none at all; or not one sample can be used.
     """
     recipe = source.recipe
-    begin(folder, recipe)
+    begin(folder, recipe, source.opaque)
     (folder / _RECORDS).mkdir(exist_ok=True)
     shards: dict[str, Written] = {}
     for name, candidates, written in run_jobs(partial(_write_recorded, folder), source.jobs(), workers):
@@ -158,13 +166,13 @@ def report_path(folder: Path) -> Path:
     return folder / _RECORDS / _REPORT
 
 
-def begin(folder: Path, recipe: dict) -> None:
+def begin(folder: Path, recipe: dict, opaque: Mapping[str, str] = MappingProxyType({})) -> None:
     """Mark the folder as holding the shards of this recipe, which are not all there.
 
     Raises:
         ValueError: the folder holds the shards of another recipe, or of none at all.
     """
-    if is_complete(folder, recipe):
+    if is_complete(folder, recipe, opaque):
         return
     folder.mkdir(parents=True, exist_ok=True)
     strangers = [] if _markers(folder) else sorted(folder.glob("*.tar"))
@@ -205,6 +213,7 @@ def _write_recorded(folder: Path, job: ShardJob) -> tuple[str, int, Written]:
         written = _from_json(json.loads(record.read_text()))
         if path.is_file() or not written.kept:
             return job.name, job.candidates, written
+    (folder / LIST_NAME).unlink(missing_ok=True)
     written = Written()
     written.kept = write_tar(path, _usable(job.read(), written))
     if written.kept:

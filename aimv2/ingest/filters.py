@@ -4,12 +4,14 @@ import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from aimv2.ingest.shard_columns import open_columns
+from aimv2.data.processes import run_jobs
+from aimv2.ingest.shard_columns import ShardColumns
 
 OPERATORS = {
     ">=": operator.ge,
@@ -24,12 +26,13 @@ _FILTER = re.compile(r"\s*(\S+?)\s*(>=|<=|==|!=|>|<)\s*(quantile:)?(\S+)\s*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filter:
-    """Keeps the samples whose value compares so with the threshold; those without a value are dropped."""
+    """Keeps the samples whose value compares so with the threshold; those without one if `missing_passes`."""
 
     column: str
     operator: str
     threshold: float | None  # None: a quantile that is not known yet
     quantile: float | None = None
+    missing_passes: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -72,7 +75,7 @@ def check_columns(filters: Iterable[Filter], names: Iterable[str]) -> None:
             raise ValueError(f"filter {str(f)!r}: no column {f.column!r}; there are {', '.join(names)}")
 
 
-def find_thresholds(filters: Sequence[Filter], shards: Sequence[Path], samples: int) -> list[Filter]:
+def find_thresholds(filters: Sequence[Filter], shards: Sequence[Path], samples: int, workers: int = 1) -> list[Filter]:
     """The filters with the values of their quantiles, as numpy.quantile gives them over all samples that have a value.
 
     Samples that are dropped for other reasons count too. One column at a time, 8 bytes a sample.
@@ -83,9 +86,7 @@ def find_thresholds(filters: Sequence[Filter], shards: Sequence[Path], samples: 
     found = {}
     for column in dict.fromkeys(f.column for f in filters if f.quantile is not None):
         values, end = np.empty(samples), 0
-        for columns in open_columns(shards):
-            chunk = columns[column]
-            chunk = chunk[~np.isnan(chunk)]
+        for chunk in run_jobs(partial(_present, column), shards, workers):
             values[end : end + len(chunk)] = chunk
             end += len(chunk)
         if not end:
@@ -94,3 +95,8 @@ def find_thresholds(filters: Sequence[Filter], shards: Sequence[Path], samples: 
         thresholds = np.quantile(values[:end], quantiles, overwrite_input=True)
         found |= {(column, q): float(threshold) for q, threshold in zip(quantiles, thresholds, strict=True)}
     return [f if f.quantile is None else replace(f, threshold=found[f.column, f.quantile]) for f in filters]
+
+
+def _present(column: str, shard: Path) -> np.ndarray:
+    values = ShardColumns(shard)[column]
+    return values[~np.isnan(values)]

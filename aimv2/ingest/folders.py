@@ -134,8 +134,9 @@ class ImageFolder:
             if not stem or extension.lower() not in IMAGE_EXTENSIONS:
                 continue
             beside = [by.get(_form(stem), by.get(_form(name))) for by in kinds.values()]
-            shared += not used.isdisjoint(beside)
-            used |= {name, *beside}
+            there = {each for each in beside if each}
+            shared += not used.isdisjoint(there)
+            used |= {name, *there}
             stamps = [n for each in (name, *beside) for n in files.get(each, ())]
             path = os.path.join(folder, name)
             line = lines.pop(_form(path), (path, None))[1]

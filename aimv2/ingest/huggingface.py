@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _BATCH = 64  # rows at a time
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves
+_WHOLE = ("train", "all")  # what a set that was saved without splits may be called
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,6 +65,10 @@ class ImageSet:
         return self.rows
 
     @property
+    def opaque(self) -> dict[str, str]:
+        return {"fingerprint": f"the rows of {self.name} are others"}
+
+    @property
     def recipe(self) -> dict:
         return {
             "source": "huggingface",
@@ -90,7 +95,7 @@ class ImageSet:
         found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         name = self.image_column or (found[0] if len(found) == 1 else "")
         if not name:
-            raise ValueError(f"{self.name}: {len(found)} columns of images {found}: say which by image_column")
+            raise ValueError(f"{self.name}: {len(found)} columns of images {found}: say which by --image-column")
         _check_column(self.name, features, name)
         feature = features[name]
         undeclared = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()  # images as parquet has them
@@ -102,7 +107,7 @@ class ImageSet:
         names = list(self.caption_columns) or [name for name in CAPTION_KEYS if name in features][:1]
         if not names and not self.packing.allow_no_caption:
             columns = ", ".join(map(repr, features))
-            raise ValueError(f"{self.name}: say by caption_columns which of {columns} has the captions")
+            raise ValueError(f"{self.name}: say by --caption-column which of {columns} has the captions")
         for name in names:
             _check_column(self.name, features, name)
         return names
@@ -112,17 +117,21 @@ def _load(name: str, split: str) -> "Dataset":
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("sets of Hugging Face need its package: pip install datasets") from error
+        raise ImportError('sets of Hugging Face need its package: pip install "aimv2[huggingface]"') from error
     if int(datasets.__version__.partition(".")[0]) < 4:
-        raise ImportError(f"datasets {datasets.__version__} may run a set's code: pip install 'datasets>=4'")
+        raise ImportError(f'datasets {datasets.__version__} may run a set\'s code: pip install "aimv2[huggingface]"')
     try:
         if not any((Path(name) / file).is_file() for file in _SAVED):
             return datasets.load_dataset(name, split=split)
         loaded = datasets.load_from_disk(name)
     except (ValueError, RuntimeError, OSError) as error:
-        raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        hint = "" if Path(name).exists() else "; no such folder: for a set on the hub check its name and the network"
+        raise ValueError(f"{name}: {said}{hint}") from error
     if isinstance(loaded, datasets.Dataset):
-        return loaded  # saved without splits
+        if split not in _WHOLE:
+            raise ValueError(f"{name}: no split {split!r}; it was saved without splits: --split all takes all of it")
+        return loaded
     if split not in loaded:
         raise ValueError(f"{name}: no split {split!r}; it has {', '.join(map(repr, loaded))}")
     return loaded[split]

@@ -1,4 +1,4 @@
-"""The folder that is being prepared: one process at a time, whole files, and errors that name what cannot be written."""
+"""The folder that is being prepared: one process at a time, no leftovers, errors that name what cannot be written."""
 
 import errno
 import fcntl
@@ -50,8 +50,8 @@ def lock_folder(folder: Path) -> Iterator[bool]:
     path = folder / FOLDER / ".lock"
     with writing(path):
         path.parent.mkdir(exist_ok=True)
-        file = open(path, "ab")
-    with file:
+        path.touch()
+    with open(path, "rb") as file:
         locked = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

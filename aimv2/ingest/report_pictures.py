@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import textwrap
 import unicodedata
 import warnings
@@ -16,6 +17,7 @@ from aimv2.data.shard_index import IMAGE_EXTENSIONS, read_index
 from aimv2.data.tokenizer import clean_caption
 from aimv2.ingest.filters import Filter
 from aimv2.ingest.measures import find_caption, parse_json
+from aimv2.ingest.prepared_folder import writing
 from aimv2.ingest.selection import Selection
 from aimv2.whole_files import whole_file
 
@@ -25,12 +27,17 @@ LINE, MOST_LINES = 28, 5  # characters, lines of a caption
 MOST_PANELS, PANELS_ACROSS, MOST_BINS = 16, 4, 60
 FIRST = ("min_side", "aspect", "image_bytes", "caption_tokens", "caption_characters", "caption_words")
 NOT_DRAWN = ("id", "width", "height")
+MOST_BOXES = 12  # characters
 OUTER = 0.005  # share of the values beyond either end of a panel
 FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Noto Sans Arabic")
 
+_GLYPH = re.compile(r"Glyph (\d+) .*missing from")  # matplotlib's warning
 
-def draw_samples(selection: Selection, where: str | None, out: Path) -> Path:
+
+def draw_samples(selection: Selection, where: str | None, out: Path) -> str:
     """Draw SAMPLES of the kept samples, chosen by a fixed seed, with their captions as the tokenizer sees them.
+
+    Returns a line on the characters that no font here has, which are drawn as boxes; "" if there are none.
 
     Args:
         where: "txt" or "json:KEY"; None: no captions.
@@ -62,7 +69,16 @@ def draw_samples(selection: Selection, where: str | None, out: Path) -> Path:
             axes.set_anchor("S")
         if where:
             _write(figure, left, top - CELL - 0.05, caption)
-    return _save(figure, out)
+    return _boxes(_save(figure, out))
+
+
+def _boxes(characters: set[str]) -> str:
+    """What to say of characters that are drawn as boxes: their scripts, which are what fonts are made for."""
+    if not characters:
+        return ""
+    scripts = {unicodedata.name(c, "UNKNOWN").split()[0].capitalize() if c.isalpha() else "symbols" for c in characters}
+    some = " ".join(sorted(characters)[:MOST_BOXES])
+    return f"Boxes in samples.png stand for characters that no font here has: {', '.join(sorted(scripts))} ({some})."
 
 
 def _choose(selection: Selection) -> list[tuple[Path, int]]:
@@ -136,7 +152,8 @@ def draw_histograms(values: dict[str, np.ndarray], kept: np.ndarray, filters: Se
         axes.set_axis_off()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles[:2], labels[:2], loc="outside upper right", ncols=2, frameon=False)
-    return _save(figure, out)
+    _save(figure, out)
+    return out
 
 
 def _panels(values: dict[str, np.ndarray], filters: Sequence[Filter]) -> list[str]:
@@ -198,9 +215,10 @@ def _edges(values: np.ndarray, low: float, high: float, logarithmic: bool) -> np
     return np.linspace(low, high if high > low else low + 1, bins + 1)
 
 
-def _save(figure, path: Path) -> Path:
-    """Write the PNG, whole or not at all."""
-    with whole_file(path) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")
+def _save(figure, path: Path) -> set[str]:
+    """Write the PNG, whole or not at all. Returns the characters that no font has."""
+    with writing(path), whole_file(path) as temporary, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         figure.savefig(temporary, format="png")
-    return path
+    found = (_GLYPH.match(str(warning.message)) for warning in told)
+    return {chr(int(match[1])) for match in found if match}

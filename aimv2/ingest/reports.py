@@ -1,6 +1,7 @@
 """What a preparation did: `report.json` for programs, `report.md` for people."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,8 +15,10 @@ from aimv2.whole_files import whole_file
 
 FORMAT = "aimv2 preparation 1"
 QUANTILES = {"lowest": 0, "1 %": 0.01, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "99 %": 0.99, "highest": 1}
-MOST_VALUES = 1_000_000  # of a column, for pictures and summaries: every n-th sample beyond that
+MOST_VALUES = 100_000  # of a column, for pictures and summaries
+FEWEST_READ = 100  # shards for these values, where there are more
 MOST_LISTED = 20  # lines of one kind
+NOT_LOOKED_FOR = "Images that repeat an earlier one were not looked for."
 HYGIENE = {
     "escaped": "had HTML entities",
     "tags": "had HTML tags",
@@ -37,6 +40,10 @@ class Report:
     damage: list[str] = field(default_factory=list)  # lines `SHARD: byte OFFSET: REASON`
     selection: Selection = field(default_factory=lambda: Selection([], []))
     columns: dict[str, dict[str, float]] = field(default_factory=dict)  # name -> share with a value, quantiles
+    ignored: Counter[str] = field(default_factory=Counter)  # members not read, by extension
+    notes: list[str] = field(default_factory=list)  # lines on what may have gone unseen
+    boxes: str = ""  # characters that samples.png cannot show
+    left: bool = False  # the rows kept and the list are as they were
 
     @property
     def unfinished(self) -> list[str]:
@@ -77,6 +84,8 @@ class Report:
             "captions": dict(selection.captions),
             "hygiene": dict(selection.hygiene),
             "formats": dict(selection.formats.most_common()),
+            "ignored": dict(self.ignored.most_common()),
+            "notes": self.notes,
             "columns": self.columns,
         }
 
@@ -86,13 +95,19 @@ class Report:
         parts = [self._shards()]
         if self.download is not None:
             parts.append(_download(self.download))
-        if selection.samples:
+        if self.left:
+            parts.append(f"{selection.samples:,} samples.")
+        elif selection.samples:
             parts.append(self._dropped())
             if any(f.quantile is not None for f in selection.filters):
                 rows = [[str(f), f"{f.threshold:.6g}"] for f in selection.filters if f.quantile is not None]
                 parts.append(table(["filter", "threshold"], rows))
             repeats = [f"{n:,} by {kind}" for kind, n in selection.duplicates.items()]
-            parts += [f"Images that repeat an earlier one: {', '.join(repeats)}."] if repeats else []
+            parts.append(f"Images that repeat an earlier one: {', '.join(repeats)}." if repeats else NOT_LOOKED_FOR)
+        if self.ignored:
+            counts = [f"{n:,} {_extension(name)}" for name, n in self.ignored.most_common(MOST_LISTED)]
+            parts.append(f"Members not read: {', '.join(counts)}{', ...' if len(self.ignored) > MOST_LISTED else ''}")
+        parts += self.notes
         return "\n\n".join(parts)
 
     def markdown(self) -> str:
@@ -103,7 +118,7 @@ class Report:
         captions = [[name, f"{n:,}", _share(n, selection.samples)] for name, n in selection.captions.items()]
         shown = {name: c for name, c in self.columns.items() if name.removeprefix("caption_") not in HYGIENE}
         columns = [[name, _share(c["share"], 1), *(f"{c[q]:.4g}" for q in QUANTILES)] for name, c in shown.items()]
-        parts = [f"# {self.folder.name}\n\n{command}{self.summary()}"]
+        parts = [f"# {self.folder.resolve().name}\n\n{command}{self.summary()}"]
         if self.damage:
             parts.append("## Damage\n\n" + _listed([f"`{line}`" for line in self.damage]))
         parts.append("## Images\n\n" + table(["format", "samples", "share"], formats))
@@ -111,13 +126,16 @@ class Report:
             parts.append("## Captions\n\n" + table(["in", "samples", "share"], captions) + "\n\n" + self._hygiene())
         parts.append("## Columns\n\nBefore any filter.\n\n" + table(["column", "samples", *QUANTILES], columns))
         parts.append("![histograms](histograms.png)\n\n![samples](samples.png)")
+        parts += [self.boxes] if self.boxes else []
         return "\n\n".join(parts) + "\n"
 
     def _shards(self) -> str:
-        damaged = self.tars - len(self.selection.shards) - len(self.unfinished)
+        empty = self.download.empty if self.download else []
+        damaged = self.tars - len(self.selection.shards) - len(self.unfinished) - len(empty)
         counts = [f"{len(self.selection.shards):,} of {self.tars:,} shards"]
         counts += [f"{damaged:,} left out as damaged"] if damaged else []
         counts += [f"{len(self.unfinished):,} unfinished"] if self.unfinished else []
+        counts += [f"{len(empty):,} empty"] if empty else []
         return ", ".join(counts) + "."
 
     def _dropped(self) -> str:
@@ -155,11 +173,16 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def sample_values(selection: Selection, names: Sequence[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """({column: (n,) float32 with NaN}, (n,) bool whether kept) of every k-th sample, at most MOST_VALUES of them."""
-    step = -(-selection.samples // MOST_VALUES)
+    """({column: (n,) float32 with NaN}, (n,) bool whether kept) of about MOST_VALUES samples of all parts of the data.
+
+    Of many shards some are read whole, which is much quicker than a little of each; of few, some rows of each.
+    """
+    beyond = -(-selection.samples // MOST_VALUES)
+    numbers = range(0, len(selection.shards), min(beyond, max(1, len(selection.shards) // FEWEST_READ)))
+    step = -(-sum(map(selection.rows, numbers)) // MOST_VALUES)
     values: dict[str, list[np.ndarray]] = {name: [] for name in names}
     kept, begin = [], 0
-    for number, columns in enumerate(open_columns(selection.shards)):
+    for number, columns in zip(numbers, open_columns(selection.shards[n] for n in numbers), strict=True):
         rows = slice(-begin % step, None, step)
         for name in names:
             with np.errstate(over="ignore"):
@@ -196,17 +219,24 @@ def _download(download: Download) -> str:
         f"{kind}: {', '.join(names[:MOST_LISTED])}{', ...' if len(names) > MOST_LISTED else ''}"
         for kind, names in (
             ("Unfinished", d.unfinished),
+            ("Empty, every download had failed", d.empty),
             ("Finished, but the tar is gone", d.gone),
             ("Numbers without a shard", d.gaps),
         )
         if names
     ]
-    return "\n\n".join([table([f"{d.finished:,} finished shards of img2dataset", "number", "share"], rows), *lines])
+    return "\n\n".join(
+        [table([f"{d.finished:,} finished shards of img2dataset", "number", "share"], rows), *lines, *d.unusable]
+    )
 
 
 def _listed(lines: Sequence[str]) -> str:
     more = [f"and {len(lines) - MOST_LISTED:,} more, see report.json"] if len(lines) > MOST_LISTED else []
     return "\n".join(f"- {line}" for line in (*lines[:MOST_LISTED], *more))
+
+
+def _extension(name: str) -> str:
+    return f".{name if name.isprintable() else ascii(name)[1:-1]}" if name else "without extension"
 
 
 def _share(part: float, whole: float) -> str:

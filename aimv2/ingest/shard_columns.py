@@ -132,6 +132,15 @@ class ShardColumns:
         return pc.index_in(self._read("key"), value_set=self._given.read(["key"])["key"].combine_chunks())
 
 
+def has_given_hashes(shard: Path) -> bool:
+    """Whether COYO's perceptual hashes came with the samples."""
+    path = numbers_path(shard)
+    try:
+        return path is not None and GIVEN_PHASH in pq.read_schema(path).names
+    except (OSError, ValueError):  # reported when it is read for its numbers
+        return False
+
+
 def open_columns(shards: Iterable[Path]) -> Iterator[ShardColumns]:
     """One shard after the other, so that memory does not grow with their number."""
     return map(ShardColumns, shards)

@@ -24,7 +24,7 @@ from aimv2.ingest.measures import (
     measure_image,
     parse_json,
 )
-from aimv2.ingest.prepared_folder import FOLDER, writing
+from aimv2.ingest.prepared_folder import COLUMNS, FOLDER, MEASURES, writing
 from aimv2.whole_files import whole_file
 
 try:
@@ -60,12 +60,12 @@ _TYPES |= {f"caption_{flag}": pa.bool_() for flag in HYGIENE}
 
 
 def measures_path(shard: Path) -> Path:
-    return shard.parent / FOLDER / f"{shard.stem}.measures.parquet"
+    return shard.parent / FOLDER / f"{shard.stem}{MEASURES}"
 
 
 def numbers_path(shard: Path) -> Path | None:
     """The parquet file with the numbers that came with the samples of a shard, if there is one."""
-    for path in (shard.parent / FOLDER / f"{shard.stem}.columns.parquet", shard.with_suffix(".parquet")):
+    for path in (shard.parent / FOLDER / f"{shard.stem}{COLUMNS}", shard.with_suffix(".parquet")):
         if path.is_file():
             return path
     return None
@@ -104,6 +104,11 @@ class ShardMeasurer:
     def __init__(self, config: MeasureConfig):
         self.config = config
         self.tokenizer = Tokenizer(config.tokenizer) if config.tokenizer else None
+
+    def has_hashes(self, shard: Path) -> bool:
+        """Whether a shard that was measured before has perceptual hashes."""
+        found = _read_contents(measures_path(shard))
+        return found is not None and found.phash
 
     def is_measured(self, shard: Path, index: ShardIndex) -> bool:
         """Whether the shard, as indexed, has all measures that the config asks for."""

@@ -26,6 +26,11 @@ _LONGEST_PARSED = 1 << 26  # characters; beyond them a quote was never closed, a
 _BATCH = 1000  # rows of a parquet file at a time
 _MOST_LISTED = 50  # columns, in a message
 _SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}
+# strict: a quote that is not closed would swallow the rest. In .tsv a quote is a character like any other.
+_DIALECTS = {
+    ".csv": {"delimiter": ",", "strict": True},
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
 _NOT_UTF8 = "rows with U+FFFD, which stands for bytes that are not in the table's encoding"
 
 
@@ -138,13 +143,6 @@ def _listed(columns: Sequence[str], path: Path) -> str:
     if any(name != name.strip() for name in columns):
         return f"{listed}: the spaces around a name are part of it"
     return listed
-
-
-# strict: a quote that is not closed would swallow the rest. In .tsv a quote is a character like any other.
-_DIALECTS = {
-    ".csv": {"delimiter": ",", "strict": True},
-    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
-}
 
 
 def _open_text(path: Path, newline: str | None = None) -> TextIO:

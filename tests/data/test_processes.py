@@ -1,10 +1,14 @@
 import os
 import signal
+import subprocess
+import sys
+import threading
+import time
 from functools import partial
 
 import pytest
 
-from aimv2.data.processes import LostProcess, run_jobs
+from aimv2.data.processes import LostProcess, _interrupts_wait, run_jobs
 
 
 def square(number):
@@ -54,6 +58,49 @@ def test_the_first_error_ends_all(workers):
 def test_a_killed_process_is_an_error_and_no_hang():
     with pytest.raises(LostProcess, match="was killed"):
         list(run_jobs(die, range(1000), workers=2))
+
+
+SLOW_TO_START = """
+import pathlib, time
+from aimv2.data.processes import run_jobs
+
+if __name__ == "__mp_main__":  # in a process that is being started
+    pathlib.Path("started").touch()
+    time.sleep(0.5)
+
+if __name__ == "__main__":
+    try:
+        print(sum(run_jobs(abs, range(8), workers=2)))
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+def test_an_interrupt_while_processes_start_is_for_the_first_one_only(request, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_TO_START)
+    options = {"cwd": tmp_path, "env": {"PYTHONPATH": str(request.config.rootpath)}, "start_new_session": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "slow.py"], **options, **pipes) as child:
+        while not (tmp_path / "started").exists():
+            assert child.poll() is None
+            time.sleep(0.01)
+        os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all of them
+        assert child.communicate(timeout=60) == ("interrupted\n", "")
+
+
+def test_an_interrupt_that_another_thread_takes_waits_too():
+    """`os.kill` reaches any thread that lets it through, and Python would raise it in the first one."""
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    steps = []
+    with pytest.raises(KeyboardInterrupt), _interrupts_wait():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        steps.append("not interrupted")
+    stop.set()
+    thread.join()
+    assert steps and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_no_workers():

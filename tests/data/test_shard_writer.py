@@ -25,6 +25,7 @@ class Numbers:
     calls: Path | None = None  # gets a line for every shard that is read
     stop: int = 10**9  # the first shard that cannot be read
     notes: Counter = field(default_factory=Counter)
+    opaque: dict = field(default_factory=dict)
 
     def __len__(self):
         return self.count
@@ -174,6 +175,24 @@ def test_another_recipe_is_refused(tmp_path):
     write_shards(tmp_path, Numbers())
     with pytest.raises(ValueError, match=r"recipe\.json says count = 45, the recipe says 46"):
         write_shards(tmp_path, Numbers(count=46))
+
+
+def test_what_says_nothing_to_a_reader_is_put_in_words(tmp_path):
+    write_shards(tmp_path, Numbers())
+    with pytest.raises(
+        ValueError, match=rf"^the numbers are others than when {tmp_path} was written: write to another"
+    ):
+        write_shards(tmp_path, Numbers(count=46, opaque={"count": "the numbers are others"}))
+
+
+def test_a_list_goes_when_a_shard_is_written_and_only_then(tmp_path):
+    write_shards(tmp_path, Numbers())
+    (tmp_path / "shards.list").touch()
+    write_shards(tmp_path, Numbers())
+    assert (tmp_path / "shards.list").exists()
+    (tmp_path / "001.tar").unlink()
+    write_shards(tmp_path, Numbers())
+    assert not (tmp_path / "shards.list").exists()
 
 
 def test_shards_of_someone_else_are_refused(tmp_path):

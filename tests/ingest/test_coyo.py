@@ -254,6 +254,26 @@ def test_errors(made, tmp_path):
         join_coyo(made.metadata, made.images, workers=0)
 
 
+def test_metadata_in_a_folder_of_the_metadata_are_pointed_to(made):
+    (made.metadata.parent / "hub").mkdir()
+    made.metadata.rename(made.metadata.parent / "hub" / "data")
+    with pytest.raises(ValueError, match=r"hub: no \.parquet file; there are some in data/"):
+        join_coyo(made.metadata.parent / "hub", made.images)
+
+
+def test_stats_that_cannot_be_used_cost_their_shard_only(made):
+    (made.images / "00000_stats.json").write_text("")
+    (made.images / "00001_stats.json").write_text("{}")
+    joined = join_coyo(made.metadata, made.images)
+    assert joined.shards == 5 and not joined.unusable
+    assert joined.download.unfinished == ["00000.tar", "00001.tar", "00007.tar"]
+    said = joined.summary().splitlines()
+    assert f"{made.images}/00000_stats.json: empty or cut short: the shard is taken as unfinished" in said
+    assert any(line.startswith(f"{made.images}/00001_stats.json: not the stats of") for line in said)
+    del made.shards["00000"], made.shards["00001"]
+    check(made)
+
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *arguments):
         pass

@@ -64,7 +64,7 @@ def shards(monkeypatch):
     for table in tables:
         table["x"][rng.random(len(table["x"])) < 0.2] = np.nan
         table["empty"] = np.full(len(table["x"]), np.nan)
-    monkeypatch.setattr("aimv2.ingest.filters.open_columns", iter)
+    monkeypatch.setattr("aimv2.ingest.filters.ShardColumns", lambda columns: columns)
     return tables
 
 

@@ -180,6 +180,63 @@ def test_a_folder_that_changed_is_refused(tmp_path):
         written(tmp_path, tmp_path / "moved")
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.txt", "b.json", "metadata.jsonl"])
+def test_an_edited_file_is_seen(tmp_path, name):
+    lines = '{"file_name": "c.jpg", "text": "a cat"}'
+    files = {"a.jpg": encode(), "a.txt": "a dog", "b.jpg": encode(), "b.json": '"a bat"', "c.jpg": encode()}
+    root = fill(tmp_path / "in", files | {"metadata.jsonl": lines})
+    written(tmp_path, root)
+    path, message = root / name, rf"the files of {root} are others than when {tmp_path}/out was written: write to"
+    if name == "metadata.jsonl":
+        path.write_text(lines.replace("cat", "rat"))
+    else:
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    with pytest.raises(ValueError, match=message):
+        written(tmp_path, root)
+
+
+def test_names_that_match_whatever_their_case_and_form(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    root = fill(
+        tmp_path / "in",
+        {
+            "B.JPG": encode(),
+            "B.TXT": "a dog",
+            f"{decomposed}.jpg": encode(),
+            f"{composed}.txt": "a bar",
+            "k.jpg": encode(),
+            "k.jpg.txt": "a cat",
+            f"l{decomposed}.png": encode("PNG"),
+            "metadata.jsonl": json.dumps({"file_name": f"l{composed}.png", "text": "a table"}),
+        },
+    )
+    samples, result = written(tmp_path, root)
+    assert [text for _, _, text, _ in samples] == [b"a dog", b"a bar", b"a cat", b"a table"]
+    assert not result.dropped and not result.notes
+
+
+def test_images_that_share_a_txt_are_noted(tmp_path):
+    root = fill(tmp_path / "in", {"dup.jpg": encode(), "dup.png": encode("PNG"), "dup.txt": "a dog", "x.gif": encode()})
+    samples, result = written(tmp_path, root)
+    assert len(samples) == 2 and result.notes == {"images that share a txt or json with another": 1}
+
+
+def test_several_lines_of_one_image_are_several_captions(tmp_path):
+    lines = [{"file_name": "a.jpg", "text": "a dog", "n": 1}, {"file_name": "./a.jpg", "text": "the\u2028dog", "n": 2}]
+    root = fill(tmp_path / "in", {"a.jpg": encode(), "metadata.jsonl": "\n".join(map(json.dumps, lines))})
+    samples, _ = written(tmp_path, root)
+    assert samples[0][2] == b"a dog"
+    assert samples[0][3]["captions"] == ["a dog", "the\u2028dog"] and samples[0][3]["n"] == 2
+
+
+@pytest.mark.parametrize(("source", "out"), [("in", "in"), ("in", "in/made"), ("in", "."), ("in", "in/../in")])
+def test_shards_and_images_are_kept_apart(tmp_path, source, out):
+    fill(tmp_path / "in", {"a.jpg": encode(), "a.txt": "a dog"})
+    with pytest.raises(ValueError, match="shards cannot go into the folder of their images or one around it"):
+        ImageFolder(tmp_path / source, Packing(), tmp_path / out)
+    ImageFolder(tmp_path / source, Packing(), tmp_path / "inside out")
+
+
 def test_folder_errors(tmp_path):
     with pytest.raises(ValueError, match="nowhere: not a folder"):
         ImageFolder(tmp_path / "nowhere", Packing())

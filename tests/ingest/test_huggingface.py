@@ -176,6 +176,13 @@ def test_the_code_of_a_set_is_not_run(tmp_path):
     assert not os.path.exists(tmp_path / "ran") and "\n" not in str(error.value)
 
 
+def test_a_set_without_splits_has_no_other_split(tmp_path, rows):
+    folder = save("saved", rows, tmp_path / "set")
+    assert len(open_set(folder, "all")) == len(open_set(folder)) == 5
+    with pytest.raises(ValueError, match="no split 'test'; it was saved without splits: --split all takes all of it"):
+        open_set(folder, "test")
+
+
 def test_set_errors(tmp_path, rows, monkeypatch):
     folder = save("saved splits", rows, tmp_path / "set")
     for choice, message in (
@@ -188,16 +195,18 @@ def test_set_errors(tmp_path, rows, monkeypatch):
             open_set(folder, **choice)
         assert message in str(error.value) and "\n" not in str(error.value)
     save("saved", rows.remove_columns("caption"), tmp_path / "no captions")
-    with pytest.raises(ValueError, match="say by caption_columns which of 'image', 'n', 'raw' has the captions"):
+    with pytest.raises(ValueError, match="say by --caption-column which of 'image', 'n', 'raw' has the captions"):
         open_set(tmp_path / "no captions")
     save("saved", rows.remove_columns("image"), tmp_path / "no images")
-    with pytest.raises(ValueError, match=r"0 columns of images \[\]"):
+    with pytest.raises(ValueError, match=r"0 columns of images \[\]: say which by --image-column"):
         open_set(tmp_path / "no images")
-    with pytest.raises(ValueError, match="nowhere"):
+    with pytest.raises(
+        ValueError, match=r"nowhere: .*; no such folder: for a set on the hub check its name and the network"
+    ):
         open_set(tmp_path / "nowhere")
     monkeypatch.setattr(datasets, "__version__", "3.6.0")
-    with pytest.raises(ImportError, match=r"pip install 'datasets>=4'"):
+    with pytest.raises(ImportError, match=r'run a set.s code: pip install "aimv2\[huggingface\]"'):
         open_set(folder)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match="pip install datasets"):
+    with pytest.raises(ImportError, match=r'pip install "aimv2\[huggingface\]"'):
         open_set(folder)

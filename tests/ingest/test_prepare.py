@@ -1,10 +1,14 @@
 """`make_shards.py prepare` and `img2dataset`, as typed, and what they leave behind."""
 
+import errno
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
+from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +27,8 @@ from aimv2.data.shards import Shards, ensure_indices, expand_shards
 from aimv2.data.tar import BLOCK
 from aimv2.ingest import prepare as prepare_module
 from aimv2.ingest.measures import MeasureConfig
-from aimv2.ingest.prepare import PrepareConfig, prepare
+from aimv2.ingest.prepare import NSFW, PrepareConfig, prepare
+from aimv2.ingest.prepared_folder import WriteError, lock_folder
 from aimv2.ingest.shard_measures import measures_path
 
 IMAGE = picture(0)
@@ -60,7 +65,7 @@ def make_shards(request, monkeypatch, capsys):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(prepare_module, "draw_samples", lambda *_: None)
+    monkeypatch.setattr(prepare_module, "draw_samples", lambda *_: "")
     monkeypatch.setattr(prepare_module, "draw_histograms", lambda *_: None)
 
 
@@ -71,7 +76,7 @@ def keys(folder) -> list[str]:
 
 def state(folder) -> dict:
     """What the indices and the list say."""
-    indices = [read_index(tar, columns=False) for tar in sorted(folder.glob("*.tar"))]
+    indices = [read_index(idx.with_suffix(""), columns=False) for idx in sorted(folder.glob("*.idx"))]
     return {"indices": [(i.identity, i.reason) for i in indices], "list": (folder / "shards.list").read_text()}
 
 
@@ -124,7 +129,8 @@ def test_coyo_as_typed(request, coyo):
     small = {row["key"] for row in measured if min(row["width"], row["height"]) < 120}
     assert small and not small & set(kept)
     assert read_index(folder / "00000.tar", columns=False).reason == (
-        "usable; with a caption in txt; nsfw_score_opennsfw2 <= 0.5; nsfw_score_gantman <= 0.5; "
+        "usable; with a caption in txt; nsfw_score_opennsfw2 <= 0.5 or missing; "
+        "nsfw_score_gantman <= 0.5 or missing; "
         f"clip_similarity_vitl14 >= {threshold:.6g}; min_side >= 120; no duplicate (phash)"
     )
     hashes = {row["key"]: row["phash"] for row in measured}
@@ -143,6 +149,7 @@ def _check_numbers(contents):
 
 
 def test_img2dataset_sums_up_and_prepares(make_shards, no_pictures, coyo):
+    (coyo.images / "shards.list").unlink(missing_ok=True)
     code, said = make_shards("img2dataset", coyo.images, "--workers", 1)
     successes = sum(map(len, coyo.shards.values()))
     assert code is None and "Unfinished: 00007.tar" in said and "Numbers without a shard: 00002" in said
@@ -158,6 +165,16 @@ def test_img2dataset_sums_up_and_prepares(make_shards, no_pictures, coyo):
     assert filters == {"nsfw_score_opennsfw2": 0.5, "nsfw_score_gantman": 0.5}
     error, _ = make_shards("img2dataset", coyo.metadata)
     assert "_stats.json" in error and "\n" not in error
+
+
+def test_img2dataset_leaves_a_selection(make_shards, no_pictures, coyo):
+    arguments = ("--workers", 1, "--keep", "clip_similarity_vitl14 >= quantile:0.5")
+    assert make_shards("prepare", coyo.images, *arguments)[0] is None
+    before, report = state(coyo.images), report_of(coyo.images)
+    code, said = make_shards("img2dataset", coyo.images, "--workers", 1)
+    assert code is None and "finished shards of img2dataset" in said
+    assert f"{coyo.images / 'shards.list'} is as it was; prepare changes it" in said
+    assert state(coyo.images) == before and report_of(coyo.images) == report
 
 
 def test_pictures_show_something_and_are_the_same_every_time(tmp_path):
@@ -367,7 +384,7 @@ def test_errors_are_one_line(make_shards, tmp_path):
         (("data", "--nsfw", "low"), "--nsfw low: expected a number or none"),
         (("data", "--workers", "0"), "workers is 0"),
         (("data", "--tokenizer", "nowhere"), "no tokenizer at nowhere"),
-        (("unhashed", "--no-phash", "--duplicates", "phash"), "duplicates by phash: no sample has one"),
+        (("unhashed", "--no-phash", "--duplicates", "phash"), "no image is hashed: leave out --no-phash"),
         (("data", "--captions", "caption"), "captions 'caption': expected txt or json:KEY"),
         (("empty",), "empty: no .tar file"),
         (("nowhere",), "nowhere: no .tar file"),
@@ -375,3 +392,154 @@ def test_errors_are_one_line(make_shards, tmp_path):
         error, _ = make_shards("prepare", tmp_path / arguments[0], "--workers", "1", *arguments[1:])
         assert error.startswith("make_shards: ") and message in error and "\n" not in error
     assert not (tmp_path / "data" / "shards.list").exists()
+
+
+@contextmanager
+def at_most(size):
+    """No file may grow beyond so many bytes: a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_is_no_damage(make_shards, no_pictures, tmp_path):
+    """Each of the three kinds of files that are written for a shard; a tar that cannot be read stays a line."""
+    plain(tmp_path, shards=2, samples=40)
+    for size, name in ((100, "0.tar.idx"), (4000, "prepared/0.measures.parquet")):
+        with at_most(size):
+            error, said = make_shards("prepare", tmp_path, "--workers", 1)
+        assert error == f"make_shards: {tmp_path / name}: cannot be written: File too large" and said == ""
+    assert make_shards("prepare", tmp_path, "--workers", 1)[0] is None
+    with at_most(100):
+        error, _ = make_shards("prepare", tmp_path, "--workers", 1, "--keep", "image_bytes > quantile:0.5")
+    assert error == f"make_shards: {tmp_path / '0.tar.idx'}: cannot be written: File too large"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_errors_of_writing_and_of_reading(monkeypatch, tmp_path, number):
+    plain(tmp_path, shards=1)
+    path = tmp_path / "0.tar"
+
+    def fail(shards):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(prepare_module, "ensure_indices", fail)
+    with pytest.raises(WriteError, match=f"idx: cannot be written: {os.strerror(number)}"):
+        prepare(tmp_path, PrepareConfig())
+    number = errno.EACCES  # of a file beside the tar
+    monkeypatch.setattr(
+        prepare_module, "ensure_indices", lambda _: (tmp_path / "no" / "folder").write_bytes(b"a read-only folder")
+    )
+    with pytest.raises(WriteError, match="idx: cannot be written"):
+        prepare(tmp_path, PrepareConfig())
+    for error in (OSError(errno.EIO, "Input/output error"), PermissionError(errno.EACCES, "Permission denied", path)):
+
+        def fail_to_read(shards, error=error):
+            raise error
+
+        monkeypatch.setattr(prepare_module, "ensure_indices", fail_to_read)
+        assert prepare(tmp_path, PrepareConfig()).damage == [f"{path}: {error}"]
+
+
+def scored(folder, columns_of=(0, 1, 2)):
+    """Shards with COYO's score where there are `columns_of` them: of the first sample none, of the last a high one."""
+    plain(folder)
+    (folder / "prepared").mkdir()
+    for number in columns_of:
+        columns = {"key": [f"{i:06d}" for i in range(4)], NSFW[0]: [None, 0.1, 0.2, 0.9]}
+        pq.write_table(pa.table(columns), folder / "prepared" / f"{number}.columns.parquet")
+
+
+def test_a_sample_without_a_score_is_dropped_only_if_the_filter_was_typed(make_shards, no_pictures, tmp_path):
+    scored(tmp_path, columns_of=(0, 1))
+    code, said = make_shards("prepare", tmp_path, "--workers", 1)
+    assert code is None and len(keys(tmp_path)) == 2 * 3 + 4
+    assert "1 shards have no columns of COYO: run `make_shards.py coyo` again" in said
+    entries = {entry["reason"]: entry for entry in report_of(tmp_path)["dropped"]}
+    entry = entries[f"{NSFW[0]} missing, which passes"]
+    assert (entry["alone"], entry["dropped"]) == (2 + 4, 0) and f"{NSFW[0]} missing, which passes" in said
+    assert make_shards("prepare", tmp_path, "--workers", 1, "--keep", f"{NSFW[0]} <= 0.5")[0] is None
+    assert len(keys(tmp_path)) == 2 * 2
+
+
+def test_hashes_that_nobody_makes_are_missed_before_anything_is_measured(make_shards, no_pictures, tmp_path):
+    plain(tmp_path)
+    for option in ("--no-decode", "--no-phash"):
+        error, _ = make_shards("prepare", tmp_path, "--workers", 1, option, "--duplicates", "phash")
+        assert error == f"make_shards: duplicates by phash, but no image is hashed: leave out {option}"
+    assert not list(tmp_path.glob("*.idx"))
+    (tmp_path / "prepared").mkdir()
+    columns = {"key": [f"{i:06d}" for i in range(4)], "image_phash": ["0" * 16] * 4}
+    for number in range(3):
+        pq.write_table(pa.table(columns), tmp_path / "prepared" / f"{number}.columns.parquet")
+    assert make_shards("prepare", tmp_path, "--workers", 1, "--no-decode", "--duplicates", "phash")[0] is None
+    assert len(keys(tmp_path)) == 1  # COYO's own hashes will do
+
+
+def test_captions_that_are_elsewhere_are_pointed_at(make_shards, tmp_path):
+    contents = json.dumps({"n": 3, "long": "a dog", "all": ["a", "b"], "url\n": "x"}).encode()
+    write_samples(tmp_path / "0.tar", [{"jpg": IMAGE, "json": b"{}"}, {"jpg": IMAGE, "json": contents}])
+    error, said = make_shards("prepare", tmp_path, "--workers", 1)
+    assert "no sample is left" in error
+    assert "Captions may be in --captions json:KEY; the json members have: long, all, 'url\\n'\n" in said
+
+
+def test_members_that_are_not_read_are_counted(make_shards, no_pictures, tmp_path):
+    samples = [{"jpg": picture(0), "txt": b"a dog", "v1.jpg": IMAGE}, {"jpg": picture(1), "txt": b"", "pyd": b"3"}]
+    for number in range(2):
+        write_samples(tmp_path / f"{number}.tar", samples)
+    for _ in range(2):  # also when nothing is indexed anew
+        code, said = make_shards("prepare", tmp_path, "--workers", 1)
+        assert code is None and "Members not read: 2 .pyd, 2 .v1.jpg\n" in said
+    assert report_of(tmp_path)["ignored"] == {"v1.jpg": 2, "pyd": 2}
+
+
+def test_one_prepares_at_a_time(make_shards, no_pictures, tmp_path):
+    plain(tmp_path)
+    (tmp_path / "0_stats.json").write_text("{}")
+    with lock_folder(tmp_path) as locked:
+        assert locked
+        for door in ("prepare", "img2dataset"):
+            error, _ = make_shards(door, tmp_path, "--workers", 1)
+            assert error == f"make_shards: {tmp_path}: another prepare is at work here"
+    (tmp_path / "0_stats.json").unlink()
+    assert make_shards("prepare", tmp_path, "--workers", 1)[0] is None
+
+
+def test_leftovers_go_and_files_without_a_tar_are_named(make_shards, no_pictures, tmp_path, monkeypatch):
+    plain(tmp_path)
+    assert make_shards("prepare", tmp_path, "--workers", 1)[0] is None
+    (tmp_path / "2.tar").unlink()
+    hexadecimal = "0123456789ab"
+    old, new = tmp_path / f".7.tar.{hexadecimal}.tmp", tmp_path / f".8.tar.{hexadecimal}.tmp"
+    gone = [tmp_path / f".0.tar.idx.{hexadecimal}.tmp", tmp_path / "prepared" / f".report.md.{hexadecimal}.tmp", old]
+    stay = [new, tmp_path / ".notes.tmp"]  # somebody else may be writing it; not ours
+    for path in gone + stay:
+        path.write_bytes(b"half")
+    os.utime(old, (1e9, 1e9))
+    monkeypatch.chdir(tmp_path)
+    code, said = make_shards("prepare", ".", "--workers", 1)
+    assert code is None and "Without a tar: 2.tar.idx, prepared/2.measures.parquet\n" in said
+    assert not any(path.exists() for path in gone) and all(path.exists() for path in stay)
+    assert (tmp_path / "prepared" / "report.md").read_text().startswith(f"# {tmp_path.name}\n")
+
+
+def test_every_step_is_told_and_processes_change_nothing(no_pictures, monkeypatch, tmp_path):
+    plain(tmp_path)
+    prepare(tmp_path, PrepareConfig(keep=("image_bytes > quantile:0.5",)))
+    expected = state(tmp_path)
+    prepare(tmp_path, PrepareConfig())
+    monkeypatch.setattr(prepare_module, "QUICK_SHARDS", 1)
+    done = Counter()
+    config = PrepareConfig(keep=("image_bytes > quantile:0.5",), workers=2)
+    prepare(tmp_path, config, progress=lambda what, now, of: done.update({(what, of): now}))
+    assert {what: n for (what, of), n in done.items() if what != "index" and n == of} == {
+        "measure": 12,
+        "select": 12,
+        "apply": 3,
+    }
+    assert state(tmp_path) == expected

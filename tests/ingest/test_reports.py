@@ -57,6 +57,7 @@ def test_a_report_counted_by_hand(tmp_path):
         "operator": ">=",
         "threshold": 0.25,
         "quantile": 0.5,
+        "missing_passes": False,
         "filter": "clip >= quantile:0.5",
     }
     assert contents["columns"] == {
@@ -77,6 +78,19 @@ def test_a_report_counted_by_hand(tmp_path):
         assert line in text, line
 
 
+def test_what_may_go_unseen_is_a_line_each(tmp_path):
+    """Members not read, files without a tar, whether duplicates were looked for; the title of a folder typed as dot."""
+    report = Report(folder=tmp_path / "coyo" / "..", command="", tars=1, download=None)
+    report.selection = Selection([tmp_path / "0.tar"], [], samples=2)
+    report.ignored.update({"pyd": 3, "v1.jpg": 12, "": 1, "\n": 1})
+    report.notes, report.boxes = ["Without a tar: 1.tar.idx"], "Boxes in samples.png"
+    lines = report.markdown().splitlines()
+    assert lines[0] == f"# {tmp_path.name}"
+    assert "Members not read: 12 .v1.jpg, 3 .pyd, 1 without extension, 1 .\\n" in lines
+    assert {"Images that repeat an earlier one were not looked for.", *report.notes, report.boxes} <= set(lines)
+    assert report.contents()["ignored"] == {"v1.jpg": 12, "pyd": 3, "": 1, "\n": 1}
+
+
 def test_values_are_of_every_kth_sample(tmp_path, monkeypatch):
     samples = [{"json": json.dumps({"n": i, "big": 1e300 * i}).encode(), "jpg": picture(0)} for i in range(10)]
     shards = measured(tmp_path, samples, shards=3, captions=(), decode=False)
@@ -86,8 +100,12 @@ def test_values_are_of_every_kth_sample(tmp_path, monkeypatch):
     assert np.isnan(values["big"][1:10]).all()  # beyond float32, which the pictures have
     assert kept.tolist() == [n < 5 for n in values["n"]]
     monkeypatch.setattr(reports, "MOST_VALUES", 8)
-    values, kept = sample_values(selection, ["n"])
+    values, kept = sample_values(selection, ["n"])  # few shards: some rows of each
     assert values["n"].tolist() == [0, 4, 8, 2, 6, 0, 4, 8] and kept.tolist() == [n < 5 for n in values["n"]]
+    monkeypatch.setattr(reports, "FEWEST_READ", 1)
+    monkeypatch.setattr(reports, "MOST_VALUES", 20)
+    values, kept = sample_values(selection, ["n"])  # many: every second one, whole
+    assert values["n"].tolist() == 2 * list(range(10)) and kept.tolist() == [n < 5 for n in values["n"]]
 
 
 ODD_CAPTIONS = [
@@ -110,12 +128,15 @@ def test_samples_of_any_kind_can_be_drawn(tmp_path):
     samples = [{"jpg": images[i % 4], "txt": text.encode()} for i, text in enumerate(ODD_CAPTIONS)]
     shards = measured(tmp_path, samples, decode=False)
     selection = select(shards, [], keep_all=True)
-    with Image.open(draw_samples(selection, "txt", tmp_path / "samples.png")) as sheet:
+    said = draw_samples(selection, "txt", tmp_path / "samples.png")
+    with Image.open(tmp_path / "samples.png") as sheet:
         assert sheet.width > 1600 and np.asarray(sheet)[..., :3].std() > 10
-    with Image.open(draw_samples(selection, None, tmp_path / "without.png")) as without:
+    assert "symbols" in said and "\U0001f389" in said and "\n" not in said  # no text font has a party popper
+    assert draw_samples(selection, None, tmp_path / "without.png") == ""
+    with Image.open(tmp_path / "without.png") as without:
         assert without.height < sheet.height
     one = select(measured(tmp_path / "one", samples[:1]), [])
-    assert draw_samples(one, "txt", tmp_path / "one.png").stat().st_size > 1000
+    assert draw_samples(one, "txt", tmp_path / "one.png") == "" and (tmp_path / "one.png").stat().st_size > 1000
 
 
 def test_samples_are_drawn_from_all_that_are_kept(tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ def test_against_the_naive_loop(made, texts, keep_missing, duplicates):
     assert selection.samples == sum(SIZES) and selection.kept == sum(map(len, kept))
     found = {reason: entry.dropped for reason, entry in selection.reasons.items() if entry.dropped}
     assert found == dropped and sum(dropped.values()) + selection.kept == sum(SIZES)
-    assert selection.duplicates == {kind: repeats(known, kind) for kind in ("bytes", "phash")}
+    assert selection.duplicates == ({} if duplicates == "none" else {duplicates: repeats(known, duplicates)})
     concerned = {reason: entry.alone for reason, entry in selection.reasons.items() if entry.alone}
     duplicate = concerned.pop(f"duplicate ({duplicates})", None)
     assert concerned == alone
@@ -158,3 +158,28 @@ def test_the_first_copy_that_is_left_stays(tmp_path):
         selection = select([shard], [], duplicates=kind)
         assert selection.mask(0).tolist() == [False, True, False]
         assert (selection.duplicates[kind], selection.reasons[f"duplicate ({kind})"].dropped) == (2, 1)
+
+
+def test_processes_find_what_one_finds(made):
+    shards, _ = made
+    filters = find_thresholds([Filter.parse(text) for text in FILTERS], shards, sum(SIZES), workers=2)
+    assert filters == find_thresholds([Filter.parse(text) for text in FILTERS], shards, sum(SIZES))
+    done = []
+    one, two = (
+        select(shards, filters, duplicates="phash", workers=workers, progress=done.append) for workers in (1, 2)
+    )
+    assert [one.mask(i).tolist() for i in range(4)] == [two.mask(i).tolist() for i in range(4)]
+    assert list(one.reasons.values()) == list(two.reasons.values()) and sum(done) == 2 * sum(SIZES)
+    for name in ("samples", "captions", "hygiene", "formats", "duplicates"):
+        assert getattr(one, name) == getattr(two, name)
+
+
+def test_a_filter_that_nobody_typed_drops_nothing_for_want_of_a_value(made):
+    shards, known = made
+    f = Filter(column="clip", operator="<=", threshold=0.5, missing_passes=True)
+    selection = select(shards, [f])
+    usable, *_ = naive(known, [])
+    rows = [known[s][row] for s, rows in enumerate(usable) for row in rows]
+    assert selection.kept == sum(not row["clip"] > 0.5 for row in rows)
+    entry = selection.reasons["clip missing, which passes"]
+    assert entry.alone == sum(math.isnan(row["clip"]) for rows in known for row in rows) and entry.dropped == 0

@@ -48,7 +48,8 @@ def write_table(path, rows):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), dialect="excel" if path.suffix == ".csv" else "excel-tab")
+        form = {} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
+        writer = csv.DictWriter(text, list(rows[0]), **form)
         writer.writeheader()
         writer.writerows(rows)
         path.write_text(text.getvalue(), newline="")
@@ -66,17 +67,24 @@ def written(out, source):
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
 def test_every_kind_of_table_gives_the_same(tmp_path, images, kind):
-    path = write_table(tmp_path / f"table.{kind}", ROWS)
+    long = "a dog in a garden" if kind == "tsv" else ROWS[0]["long"]  # where no text has two lines
+    path = write_table(tmp_path / f"table.{kind}", [ROWS[0] | {"long": long}, *ROWS[1:]])
     samples, result = written(tmp_path / "out", table(path, images, samples_per_shard=2))
     number = str if kind in ("csv", "tsv") else int  # these know texts only
+    place = {
+        "csv": lambda n: f"line {n + 2 + (n > 0)}",  # names come first, and one text has two lines
+        "tsv": lambda n: f"line {n + 2}",
+        "jsonl": lambda n: f"line {n + 1}",
+        "parquet": lambda n: f"row {n}",
+    }[kind]
     assert [(s.key, s.image, s.text, json.loads(s.json)) for s in samples] == [
         (
             "000000000",
             (images / "a.jpg").read_bytes(),
             b'a &amp;#39;dog, "Rex"',
             {
-                "source": f"table.{kind}: row 0",
-                "captions": ['a &amp;#39;dog, "Rex"', "a dog\nin a garden"],
+                "source": f"table.{kind}: {place(0)}",
+                "captions": ['a &amp;#39;dog, "Rex"', long],
                 "path": "a.jpg",
                 "n": number(1),
             },
@@ -85,10 +93,10 @@ def test_every_kind_of_table_gives_the_same(tmp_path, images, kind):
             "000000001",
             (images / "sub" / "b.png").read_bytes(),
             "kočka 🐈".encode(),
-            {"source": f"table.{kind}: row 1", "captions": ["kočka 🐈"], "path": "sub/b.png", "n": number(2)},
+            {"source": f"table.{kind}: {place(1)}", "captions": ["kočka 🐈"], "path": "sub/b.png", "n": number(2)},
         ),
     ]
-    assert result.examples == {reason: [f"table.{kind}: row {n}"] for reason, n in REASONS.items()}
+    assert result.examples == {reason: [f"table.{kind}: {place(n)}"] for reason, n in REASONS.items()}
 
 
 def test_lists_of_captions(tmp_path, images):
@@ -128,16 +136,57 @@ def test_another_table_is_refused(tmp_path, images):
     path = write_table(tmp_path / "t.csv", ROWS)
     written(tmp_path / "out", table(path, images))
     write_table(path, ROWS[::-1])
-    with pytest.raises(ValueError, match="says digest = "):
+    with pytest.raises(ValueError, match=r"the contents of .*t\.csv are others than when .*out was written: write to"):
         written(tmp_path / "out", table(path, images))
+
+
+def test_a_quote_in_a_tsv_is_a_character_like_any_other(tmp_path, images):
+    path = tmp_path / "t.tsv"
+    path.write_text('path\talt\na.jpg\t"Rex" is a dog\na.jpg\t"a dog\n')
+    samples, _ = written(tmp_path / "out", table(path, images, ["alt"]))
+    assert [s.text for s in samples] == [b'"Rex" is a dog', b'"a dog']
+
+
+def test_lines_of_json_may_have_different_columns(tmp_path, images):
+    rows = [{"path": "a.jpg", "alt": "a dog"}, {"path": "a.jpg", "long": "a long dog"}]
+    samples, _ = written(tmp_path / "out", table(write_table(tmp_path / "t.jsonl", rows), images))
+    assert [s.text for s in samples] == [b"a dog", b"a long dog"]
+
+
+def test_a_field_that_is_too_long_costs_its_row_only(tmp_path, images):
+    path = tmp_path / "t.csv"
+    path.write_text("path,alt\na.jpg," + "x" * (1 << 20) + "x\na.jpg,a dog\n")
+    samples, result = written(tmp_path / "out", table(path, images, ["alt"]))
+    assert [s.text for s in samples] == [b"a dog"]
+    assert result.examples == {"a field of over 1 MiB": ["t.csv: line 2"]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_encodings(tmp_path, images, encoding, kind):
+    path = write_table(tmp_path / f"t.{kind}", [{"path": "a.jpg", "alt": "kočka 🐈"}])
+    path.write_text(path.read_text(), encoding)
+    samples, result = written(tmp_path / "out", table(path, images, ["alt"]))
+    assert samples[0].text == "kočka 🐈".encode() and not result.notes
+
+
+def test_bytes_of_another_encoding_are_noted(tmp_path, images):
+    path = tmp_path / "t.csv"
+    path.write_bytes("path,alt\na.jpg,a café\na.jpg,a dog\n".encode("latin-1"))
+    _, result = written(tmp_path / "out", table(path, images, ["alt"]))
+    assert result.notes == {"rows with U+FFFD, which stands for bytes that are not in the table's encoding": 1}
 
 
 def test_table_errors(tmp_path, images):
     for name, text, message in (
         ("t.csv", 'path,alt\na.jpg,"a dog\n', "line 2: unexpected end of data"),
-        ("t.csv", "path,alt\na.jpg," + "x" * (1 << 20) + "x\n", "field larger than field limit"),
+        ("t.csv", "path;alt\na.jpg;x\n", "it has 'path;alt': separated by a semicolon, where .csv has a comma?"),
+        ("t.tsv", "path,alt\na.jpg,x\n", "it has 'path,alt': separated by a comma, where .tsv has a tab?"),
+        ("t.csv", "path, alt\na.jpg,x\n", "it has 'path', ' alt': the spaces around a name are part of it"),
+        ("t.csv", "path,alt,alt\na.jpg,x,y\n", "2 columns are called 'alt', expected each name once"),
         ("t.csv", "path,text\na.jpg,x\n", "no column 'alt'; it has 'path', 'text'"),
-        ("t.csv", "path,alt\n", "no column 'path'"),
+        ("t.csv", "path,alt\n", "no row"),
+        ("t.csv", "", "no row"),
         ("t.parquet", "PAR1", "not a parquet file"),
         ("t.xlsx", "", "expected a file whose extension is one of .csv, .tsv, .jsonl, .parquet"),
     ):
