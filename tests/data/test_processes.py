@@ -61,7 +61,7 @@ def test_a_killed_process_is_an_error_and_no_hang():
 
 
 SLOW_TO_START = """
-import pathlib, time
+import pathlib, signal, time
 from aimv2.data.processes import run_jobs
 
 if __name__ == "__mp_main__":  # in a process that is being started
@@ -69,6 +69,7 @@ if __name__ == "__mp_main__":  # in a process that is being started
     time.sleep(0.5)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins without
     try:
         print(sum(run_jobs(abs, range(8), workers=2)))
     except KeyboardInterrupt:
@@ -88,7 +89,15 @@ def test_an_interrupt_while_processes_start_is_for_the_first_one_only(request, t
         assert child.communicate(timeout=60) == ("interrupted\n", "")
 
 
-def test_an_interrupt_that_another_thread_takes_waits_too():
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is a KeyboardInterrupt, also where the tests are a job in the background, which begins without."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_an_interrupt_that_another_thread_takes_waits_too(interruptible):
     """`os.kill` reaches any thread that lets it through, and Python would raise it in the first one."""
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
