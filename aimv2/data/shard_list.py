@@ -28,8 +28,8 @@ class ShardEntry(NamedTuple):
     """A shard of a list."""
 
     location: Path | str  # str: a URL
-    samples: int | None  # kept; None: as its index says
-    digest: str | None  # of its index, `ShardIndex.identity`; None: whatever it is
+    samples: int  # kept
+    digest: str  # of its index, `ShardIndex.identity`
 
 
 def expand_shards(pattern: str, remote: RemoteFiles | None = None) -> list[Path | str | ShardEntry]:

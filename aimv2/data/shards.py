@@ -54,9 +54,9 @@ def ensure_indices(shards: Iterable[Path | str | ShardEntry]) -> int:
         ShardError: a shard is damaged, is not the one that its index was made from, or keeps other rows than its list
             says; or more than MOST_TO_INDEX have no index, which would take one process too long.
     """
-    entries = [shard if isinstance(shard, ShardEntry) else ShardEntry(shard, None, None) for shard in shards]
-    local = [entry for entry in entries if isinstance(entry.location, Path)]
-    missing = [entry.location for entry in local if not index_path(entry.location).exists()]
+    listed = {(shard.location if isinstance(shard, ShardEntry) else shard): shard for shard in shards}
+    local = [path for path in listed if isinstance(path, Path)]
+    missing = [path for path in local if not index_path(path).exists()]
     if len(missing) > MOST_TO_INDEX:
         raise ShardError(
             f"{missing[0]} and {len(missing) - 1} more have no index: `make_shards.py prepare FOLDER` builds them, on "
@@ -66,12 +66,12 @@ def ensure_indices(shards: Iterable[Path | str | ShardEntry]) -> int:
         build_index(path)
     if missing:
         logger.info("indexed %d shards", len(missing))
-    for path, samples, digest in local:
-        index = read_index(path, columns=False)
+    for path in local:
+        index, entry = read_index(path, columns=False), listed[path]
         if not index.is_of(os.stat(path)):
             logger.info("%s: its time is another than when it was indexed, so it is read again", path)
             renew_index(path, index)
-        if digest is not None and (index.samples, index.identity) != (samples, digest):
+        if isinstance(entry, ShardEntry) and (index.samples, index.identity) != (entry.samples, entry.digest):
             raise ShardError(f"{path}: its index is another than the list of shards says; prepare the folder again")
     return len(missing)
 
