@@ -72,7 +72,7 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation", type=int, default=2_000, metavar="N", help="held-out samples (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples-per-shard", type=int, default=1_000, metavar="N", help="(%(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    add_workers(parser)
 
 
 def shapes(arguments: argparse.Namespace) -> None:
@@ -91,13 +91,17 @@ def shapes(arguments: argparse.Namespace) -> None:
     print(f"{recipe.train} training and {recipe.validation} validation samples in {folder}")
 
 
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+
+
 def add_packing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for the shards")
     parser.add_argument(
         "--allow-no-caption", action="store_true", help="keep images without a caption, to be trained on for the pixels"
     )
     parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, metavar="N", help="(%(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    add_workers(parser)
 
 
 def add_columns(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -195,7 +199,7 @@ def add_coyo(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=coyo)
     parser.add_argument("--metadata", required=True, metavar="FOLDER", help="of COYO's parquet files")
     parser.add_argument("--images", required=True, metavar="FOLDER", help="that img2dataset wrote")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    add_workers(parser)
 
 
 def coyo(arguments: argparse.Namespace) -> None:
@@ -256,7 +260,7 @@ def add_measures(parser: argparse.ArgumentParser) -> None:
         help="txt, json:KEY or none; repeatable: the first is measured, samples with none of them are dropped (txt)",
     )
     parser.add_argument("--verify", action="store_true", help="read every byte again: finds disks that forget")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    add_workers(parser)
 
 
 def prepare(arguments: argparse.Namespace) -> None:

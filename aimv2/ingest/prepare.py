@@ -43,9 +43,7 @@ class PrepareConfig:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     keep: tuple[str, ...] = ()  # filters, see `Filter.parse`
     duplicates: str = "none"  # or one of DUPLICATES
-    most_nsfw: float | None = (
-        MOST_NSFW  # for those of the columns NSFW that there are, and their values; None: no limit
-    )
+    most_nsfw: float | None = MOST_NSFW  # of the columns NSFW, where there are such; None: no limit
     keep_missing: bool = False  # a sample without a value passes the filters
     keep_all: bool = False  # drop nothing, whatever else is said
     leave: bool = False  # where there is a list of shards, measure only: the rows kept and the list stay
