@@ -302,10 +302,13 @@ def test_bad_samples_are_replaced_and_counted_the_same_way_every_time(config, fo
     assert [b.prefix_length.tolist() for b in whole] == [b.prefix_length.tolist() for b in batches]
 
 
-def test_a_source_of_bad_samples_ends_with_one_error(config, folder):
-    config = replace(config, train=[Source(name="ruin", shards=f"{folder}/ruin-*.tar")])
-    with pytest.raises(ShardError, match=r"ruin-\*.tar: no usable sample in 9 tries: .*: sample 0000\d: undecodable"):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_of_bad_samples_ends_with_one_error(config, folder, workers):
+    config = replace(config, workers=workers, train=[Source(name="ruin", shards=f"{folder}/ruin-*.tar")])
+    words = r"ruin-\*.tar: no usable sample in 9 tries: .*: sample 0000\d: undecodable"
+    with pytest.raises(ShardError, match=words) as caught:
         load(config, 1)
+    assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)  # without a worker's traceback
 
 
 def counted(bad: list[int], start: int, length: int = 100) -> Batch:
