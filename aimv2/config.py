@@ -37,12 +37,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     config = _execute(path)
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise ConfigError(f"{path}: config() returned {config!r}, expected a dataclass instance")
+    return override(config, overrides)
+
+
+def override(config: Any, overrides: Sequence[str]) -> Any:
+    """A checked copy of a dataclass with fields changed by text, "a.b.0.c=value". Raises ConfigError."""
     config = copy.deepcopy(config)
-    for override in overrides:
-        key, equals, text = override.partition("=")
+    for text in overrides:
+        key, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"override {override!r} is not of the form key.sub=value")
-        _set(config, key.strip(), text.strip())
+            raise ConfigError(f"override {text!r} is not of the form key.sub=value")
+        _set(config, key.strip(), value.strip())
     return _build(type(config), config, "")
 
 
