@@ -270,20 +270,14 @@ def _timm_config(config: VisionConfig | LiTConfig, processing: ProcessorConfig) 
         )
     same = replace(config, image_size=224, patch_size=14, checkpointing=False, positions="learned")
     size = next((name for name, known in SIZES.items() if known == same and name != "base"), "large")
-    side = processing.image_size or config.image_size
     return {
         "architecture": f"aimv2_{size}_patch14_224",
         "num_classes": 0,
         "num_features": config.width,
         "global_pool": "avg",
         "pretrained_cfg": {
-            "input_size": [3, side, side],
+            **processing.to_timm(config.image_size),
             "fixed_input_size": True,
-            "interpolation": processing.interpolation,
-            "crop_pct": processing.crop_pct,
-            "crop_mode": "squash" if processing.resize == "squash" else "center",
-            "mean": list(processing.mean),
-            "std": list(processing.std),
             "num_classes": 0,
             "pool_size": None,
             "first_conv": "patch_embed.proj",

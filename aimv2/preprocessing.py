@@ -178,6 +178,20 @@ class ProcessorConfig:
             interpolation=entry["interpolation"],
         )
 
+    def to_timm(self, image_size: int) -> dict:
+        """What a `pretrained_cfg` says of images; of native ones, that they are squares of `image_size`."""
+        side, crop_pct = self.image_size or image_size, self.crop_pct
+        if self.image_size and math.floor(side / crop_pct) != self.resize_size:
+            crop_pct = side / (self.resize_size + 0.5)  # timm rounds down, `resize_size` to nearest
+        return {
+            "input_size": (3, side, side),
+            "interpolation": self.interpolation,
+            "crop_pct": crop_pct,
+            "crop_mode": "squash" if self.resize == "squash" else "center",
+            "mean": self.mean,
+            "std": self.std,
+        }
+
 
 def _transformers_size(size) -> tuple[int, str]:
     """(pixels, resize) from CLIPImageProcessor's `size`; a bare number, in old files, is the shortest edge."""

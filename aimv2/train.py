@@ -35,6 +35,7 @@ from aimv2.engine import (
     set_learning_rate,
     start_distributed,
 )
+from aimv2.evals.in_loop import FrozenEvaluation
 from aimv2.evals.predictions import draw_run
 from aimv2.evals.shapes_captions import ShapesCaptions
 from aimv2.evals.validation import ValidationLoss
@@ -72,7 +73,7 @@ class TrainConfig:
     save_every: int = 1000
     keep: int = 2  # newest checkpoints
     log_every: int = 10
-    evals: list[ValidationLoss | ShapesCaptions] = field(default_factory=list)
+    evals: list[ValidationLoss | ShapesCaptions | FrozenEvaluation] = field(default_factory=list)
     wandb: str | None = None  # project
 
     def __post_init__(self):
@@ -87,7 +88,7 @@ class TrainConfig:
                 f"data.context_length {data.context_length} is more than "
                 f"objective.decoder.context_length {decoder.context_length}"
             )
-        if self.evals and data.validation is None:
+        if data.validation is None and not all(isinstance(e, FrozenEvaluation) for e in self.evals):
             raise ValueError("data.validation is None, but evals need it: expected a source, or no evals")
         least = {"steps": 1, "save_every": 1, "log_every": 1, "seed": 0, "keep": 2}  # one checkpoint may be damaged
         for name, value in least.items():

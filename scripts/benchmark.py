@@ -3,6 +3,7 @@
     python scripts/benchmark.py encoder --size base --dtype fp32 bf16
     python scripts/benchmark.py train --size large --dtype bf16 --batch 128 --compile
     python scripts/benchmark.py data --data build/photos
+    python scripts/benchmark.py probe --size large --batch 64
 
 Those compared take turns within each round, each beginning in its turn, so that a machine whose speed drifts is as
 unfair to one as to another. The ratio of a round is the peer's time over ours, above 1 where ours is faster; the median
@@ -15,6 +16,8 @@ data sheet, --peak-tflops, or the fastest of ten large matrix products of the sa
 
 data: Shards of made photos are written to --data, once. Everything happens in one process, so the samples/s are those
 of a core.
+
+probe: The attentive probe's sweep of 14 heads on kept features and on features made anew, and exact nearest neighbours.
 """
 
 import argparse
@@ -28,11 +31,16 @@ from pathlib import Path
 
 import benchmark_data
 import benchmark_models
+import benchmark_probe
 import torch
 
 import aimv2
 
-PACKAGES = {"PIL": "pillow", "open_clip": "open_clip_torch"}  # by module, where the names differ
+PACKAGES = {
+    "PIL": "pillow",
+    "open_clip": "open_clip_torch",
+    "sklearn": "scikit-learn",
+}  # by module, where the names differ
 
 
 def environment(arguments: argparse.Namespace, packages: tuple[str, ...]) -> dict:
@@ -60,19 +68,26 @@ def parse() -> argparse.Namespace:
     for what in ("encoder", "train"):
         add_models(doors.add_parser(what, parents=[common]))
     add_data(doors.add_parser("data", parents=[common]))
+    probe = doors.add_parser("probe", parents=[common])
+    add_encoder(probe)
+    probe.add_argument("--gallery", type=int, default=100_000, metavar="N", help="to search in (%(default)s)")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error(f"--rounds {arguments.rounds}: expected 2 or more, for a median with quartiles")
     return arguments
 
 
-def add_models(parser: argparse.ArgumentParser) -> None:
+def add_encoder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="base", help="base, large, huge, 1b, 3b; tiny to try this (%(default)s)")
     parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
-    parser.add_argument("--dtype", nargs="+", choices=benchmark_models.DTYPES, default=list(benchmark_models.DTYPES))
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="images (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="on the CPU")
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    add_encoder(parser)
+    parser.add_argument("--dtype", nargs="+", choices=benchmark_models.DTYPES, default=list(benchmark_models.DTYPES))
     parser.add_argument("--compile", action="store_true", help="torch.compile, for all alike")
     parser.add_argument("--forward-only", action="store_true", help="encoder: as at inference, no backward pass")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="of the device, for the MFU")
@@ -91,7 +106,7 @@ def main() -> int:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    benchmark = benchmark_data if arguments.what == "data" else benchmark_models
+    benchmark = {"data": benchmark_data, "probe": benchmark_probe}.get(arguments.what, benchmark_models)
     place, found = environment(arguments, benchmark.PEERS), []
     try:
         for result in benchmark.results(arguments):

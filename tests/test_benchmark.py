@@ -199,3 +199,12 @@ def test_made_photos_cost_a_decoder_what_photographs_do(data, tmp_path):
         data.made_shards(tmp_path / "photos", 9)
     again, other = (data.photo(np.random.default_rng(seed), 400, 390) for seed in (0, 1))
     assert again == data.photo(np.random.default_rng(0), 400, 390) != other
+
+
+@pytest.mark.slow
+def test_probes_and_neighbours(run):
+    done, report = run("probe", "--size", "base", "--gallery", "500", "--device", "cpu", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    subjects = {"cached": ["ours", "one by one", "published"], "knn": ["ours", "scikit-learn"]}
+    subjects["online"] = subjects["cached"]
+    assert {mode: [r["subject"] for r in report["results"] if r["mode"] == mode] for mode in subjects} == subjects

@@ -27,7 +27,7 @@ LAYERS = [
         "preprocessing",
         "processor",
     },
-    {"ingest", "objectives", "layouts", "features", "exports", "evals", "hub", "pretrained", "tower"},
+    {"ingest", "objectives", "layouts", "features", "exports", "evals", "harnesses", "hub", "pretrained", "tower"},
     {"engine", "checkpoint"},
     {"train"},
     {""},  # the package itself, whose conveniences may load anything and which no module may use

@@ -1,0 +1,1 @@
+"""Patch features: pictures of them, and a probe that tells patches apart."""

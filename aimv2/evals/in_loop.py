@@ -1,0 +1,70 @@
+"""Frozen-encoder evaluations of a model while it trains, by the functions that the scripts call."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from aimv2.data.loader import DataConfig
+from aimv2.evals.attentive_probe import AttentiveProbe
+from aimv2.evals.datasets import open_dataset
+from aimv2.evals.dense.patch_probe import PatchProbe
+from aimv2.evals.encoders import encoder_of
+from aimv2.evals.few_shot import FewShot
+from aimv2.evals.harness import at_rest
+from aimv2.evals.knn import KNN
+from aimv2.evals.linear_probe import LinearProbe
+from aimv2.evals.retrieval import Retrieval
+from aimv2.evals.run import shortened
+from aimv2.evals.session import Session
+from aimv2.evals.text_image import text_image_of
+from aimv2.evals.zero_shot import ZeroShot
+from aimv2.preprocessing import ProcessorConfig
+
+WITH_TEXT = (ZeroShot, Retrieval)
+
+
+@dataclass(slots=True, kw_only=True)
+class FrozenEvaluation:
+    """A protocol on a dataset; every rank takes its share of the images.
+
+    Zero-shot classification and retrieval need an objective with a text tower. Images are prepared as the run's own are
+    for validation. Nothing is kept on disk.
+    """
+
+    protocol: AttentiveProbe | LinearProbe | FewShot | KNN | PatchProbe | ZeroShot | Retrieval
+    dataset: str  # as --data of the scripts
+    root: str | None = None  # folder of the named datasets
+    every: int = 0  # steps; 0: at the end only
+    train: int | None = 10_000  # images of the split, drawn once; None: all
+    test: int | None = 2_000
+    batch_size: int = 64  # images per rank and pass
+    workers: int = 0  # processes per rank that decode images
+
+    @property
+    def name(self) -> str:
+        return f"{self.protocol.name} {self.dataset}"
+
+    def build(
+        self, data: DataConfig, *, patch_size: int, seed: int, rank: int, world_size: int, device: torch.device
+    ) -> Callable[[nn.Module], dict[str, float]]:
+        """The eval, objective -> {name: number}, equal on all ranks. ValueError for a dataset that isn't there."""
+        images = shortened(open_dataset(self.dataset, root=self.root), self.train, self.test)
+        transform = data.transform
+        processing = ProcessorConfig(
+            image_size=transform.image_size, patch_size=patch_size, mean=transform.mean, std=transform.std
+        )
+        where = {"device": device, "rank": rank, "world_size": world_size}
+
+        def evaluate(objective: nn.Module) -> dict[str, float]:
+            session = Session(**where, batch_size=self.batch_size, workers=self.workers, quiet=True)
+            with at_rest(objective), torch.enable_grad():  # a probe's head is trained
+                if isinstance(self.protocol, WITH_TEXT):
+                    model = text_image_of(objective, processing, data.tokenizer)
+                else:
+                    model = encoder_of(objective.encoder, processing)
+                outcome = self.protocol.run(model, images, session)
+            return {name: metric.value for name, metric in outcome.metrics.items()}
+
+        return evaluate

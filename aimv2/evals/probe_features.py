@@ -1,0 +1,164 @@
+"""Where a probe's features come from: kept, the same in each epoch, or made anew from augmented images.
+
+B images, n images of a split.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from aimv2.evals.datasets import Dataset
+from aimv2.evals.encoders import Encoder
+from aimv2.evals.encoders.packages import optional
+from aimv2.evals.extraction import Extracted, View, extract, online
+from aimv2.evals.session import Session
+
+MODES = ("auto", "online", "cached")
+
+Features = dict[str, Tensor]  # stream -> (B, ...)
+
+
+class Kept:
+    """Features of the evaluation's transform, extracted once: the same in each epoch."""
+
+    mode = "cached"
+
+    def __init__(self, encoder: Encoder, data: Dataset, view: View, session: Session):
+        self.encoder, self.data, self.view, self.session = encoder, data, view, session
+        self._extracted: dict[str, Extracted] = {}
+
+    def readable(self, split: str) -> np.ndarray:
+        """(n,) bool."""
+        return self._of(split).readable
+
+    def batches(self, batches: Sequence[np.ndarray], epoch: int) -> Iterator[tuple[np.ndarray, Features]]:
+        """(rows, features) of this rank's part of each batch, to be done with before the next is asked for."""
+        arrays, rank, world_size = self._of("train").arrays, self.session.rank, self.session.world_size
+        most = max(map(len, batches), default=0)
+        buffers = {name: np.empty((most, *array.shape[1:]), np.float32) for name, array in arrays.items()}
+        for batch in batches:
+            rows = batch[rank::world_size]
+            yield rows, {name: self._taken(array, rows, buffers[name]) for name, array in arrays.items()}
+
+    def look(self, split: str, rows: np.ndarray, function: Callable[[Features], Features], key: str) -> Extracted:
+        """What `function` makes of the features of these rows."""
+        extracted, size = self._of(split), self.session.batch_size
+        own = np.arange(self.session.rank, len(rows), self.session.world_size)
+        found: dict[str, Tensor] = {}
+        for places in [own[start : start + size] for start in range(0, len(own), size)] or [own]:
+            features = {name: self._taken(array, rows[places]) for name, array in extracted.arrays.items()}
+            for name, value in function(features).items():
+                found.setdefault(name, torch.zeros(len(rows), *value.shape[1:]))[places] = value.cpu()
+        arrays = {name: self.session.sum(value).numpy() for name, value in found.items()}
+        return Extracted(arrays, extracted.readable[rows], extracted.digests[rows])
+
+    def _of(self, split: str) -> Extracted:
+        if split not in self._extracted:
+            self._extracted[split] = extract(self.encoder, getattr(self.data, split), self.view, self.session)
+        return self._extracted[split]
+
+    def _taken(self, array: np.ndarray, rows: np.ndarray, buffer: np.ndarray | None = None) -> Tensor:
+        out = None if buffer is None else buffer[: len(rows)]
+        return torch.from_numpy(np.take(array, rows, axis=0, out=out, mode="clip")).to(self.session.device)
+
+
+class Anew:
+    """Features of augmented images, computed for each batch; for what is looked at, of the evaluation's transform."""
+
+    mode = "online"
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        data: Dataset,
+        view: View,
+        session: Session,
+        *,
+        transform: Callable[[Image.Image], Tensor],
+        seed: int,
+    ):
+        self.encoder, self.data, self.view, self.session = encoder, data, view, session
+        self.transform, self.seed = transform, seed
+
+    def readable(self, split: str) -> np.ndarray:
+        """(n,) bool, all True: nothing has been read yet."""
+        return np.ones(len(getattr(self.data, split)), bool)
+
+    def batches(self, batches: Sequence[np.ndarray], epoch: int) -> Iterator[tuple[np.ndarray, Features]]:
+        """As `Kept.batches`."""
+        where = self.encoder, self.data.train, self.view, self.session
+        return online(*where, batches, self.transform, self.seed, epoch)
+
+    def look(self, split: str, rows: np.ndarray, function: Callable[[Features], Features], key: str) -> Extracted:
+        """As `Kept.look`; `key` names it in the session's folder."""
+        images = getattr(self.data, split)
+        images = images if len(rows) == len(images) else images.subset(rows)
+        return extract(self.encoder, images, _Looked(key, self.view, function), self.session)
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """A view of a view."""
+
+    key: str
+    view: View
+    function: Callable[[Features], Features]
+
+    def __call__(self, encoder: Encoder, images: Tensor) -> Features:
+        return self.function({name: value.float() for name, value in self.view(encoder, images).items()})
+
+
+def feature_shapes(encoder: Encoder, view: View, session: Session) -> dict[str, tuple[int, ...]]:
+    """Of one image's features, by stream."""
+    side = encoder.processor.config.image_size
+    features = view(encoder, torch.zeros(1, 3, side, side, device=session.device))
+    return {name: tuple(value.shape[1:]) for name, value in features.items()}
+
+
+def source_of(
+    mode: str,
+    encoder: Encoder,
+    data: Dataset,
+    view: View,
+    session: Session,
+    *,
+    most_cached: int,
+    augmentation: Callable[[Encoder], Callable[[Image.Image], Tensor]],
+    seed: int,
+) -> Kept | Anew:
+    """For a mode of MODES; "auto" keeps features of at most `most_cached` bytes, of both splits together."""
+    if mode == "auto":
+        values = sum(map(math.prod, feature_shapes(encoder, view, session).values()))
+        mode = "cached" if 4 * values * (len(data.train) + len(data.test)) <= most_cached else "online"
+    if mode == "cached":
+        return Kept(encoder, data, view, session)
+    return Anew(encoder, data, view, session, transform=augmentation(encoder), seed=seed)
+
+
+def cropped(encoder: Encoder, **others) -> Callable[[Image.Image], Tensor]:
+    """DINOv2's augmentation for its linear probe: a random crop of 0.08 to 1 of the area, and a flip. `others` are of
+    timm's create_transform. The encoder's size, mean and standard deviation."""
+    config = encoder.processor.config
+    settings = {"scale": (0.08, 1.0), "interpolation": "bicubic", "color_jitter": None, "auto_augment": None}
+    settings |= {"mean": config.mean, "std": config.std, **others}
+    return optional("timm.data").create_transform(config.image_size, is_training=True, **settings)
+
+
+def augmented(encoder: Encoder) -> Callable[[Image.Image], Tensor]:
+    """The augmentation of AIM's and AIMv2's attentive probe."""
+    transform = cropped(encoder, color_jitter=0.3, auto_augment="rand-m9-mstd0.5-inc1")
+    (augment,) = (part for part in transform.transforms if hasattr(part, "ops"))
+    for operation in augment.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:
+    """timm's, which at the highest magnitude keeps 0 bits: black by earlier Pillows, an error by Pillow 13."""
+    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)

@@ -1,0 +1,1 @@
+"""Tables, plots and comparisons of the results of evaluations."""

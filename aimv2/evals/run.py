@@ -1,0 +1,152 @@
+"""One evaluation from beginning to end: a protocol, an encoder, a dataset -> a JSON file with its samples beside it."""
+
+import dataclasses
+import json
+import logging
+import platform
+import re
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from aimv2.evals.datasets.interface import Dataset, ImageSet
+from aimv2.evals.extraction import fingerprint
+from aimv2.evals.results import Outcome
+from aimv2.evals.session import Session
+from aimv2.whole_files import whole_file, write_json
+
+FORMAT = "aimv2 evaluation 1"
+PACKAGES = (
+    "aimv2",
+    "torch",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "timm",
+    "open_clip_torch",
+    "transformers",
+    "scikit-learn",
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluation(Protocol):
+    """A dataclass of settings: AttentiveProbe, LinearProbe, KNN, ZeroShot, Retrieval and so on."""
+
+    name: str
+
+    def run(self, encoder, data: Dataset, session: Session) -> Outcome: ...
+
+
+def evaluate(protocol: Evaluation, encoder, data: Dataset, out: Path, session: Session) -> Path:
+    """Run a protocol and write OUT/STEM.json, on rank 0; what has been evaluated already is not done again.
+
+    STEM is PROTOCOL-DATA-ENCODER-HASH, the hash being of all that decides the result but library versions. Beside it
+    are STEM.samples.jsonl, a line for each test sample, and STEM.safetensors, if there are weights to keep. The JSON
+    comes last.
+
+    Args:
+        encoder: what the protocol takes, an Encoder or a TextImageModel.
+        session: features and states of training are kept in its folder, if it has one, until the result is there.
+    """
+    description = describe(protocol, encoder, data)
+    names = (protocol.name, data.spec, description["encoder"]["spec"])
+    stem = "-".join(re.sub(r"[^\w.@]+", "_", name).strip("_")[-60:] for name in names)
+    path = Path(out) / f"{stem}-{fingerprint(description)[:8]}.json"
+    if session.sum(
+        torch.tensor(session.rank == 0 and path.exists(), dtype=torch.int32)
+    ):  # all ranks as the first sees it
+        logger.info("%s is there already", path)
+        return path
+    began = time.monotonic()
+    outcome = protocol.run(encoder, data, session)
+    if session.rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = {"format": FORMAT, "hash": fingerprint(description), **description}
+        result["data"] |= seen(data, session)
+        result["metrics"] = {name: dataclasses.asdict(metric) for name, metric in outcome.metrics.items()}
+        result["details"] = outcome.details
+        result["environment"] = environment(session, time.monotonic() - began)
+        write_beside(path, outcome)
+        write_json(path, result)
+    session.wait()
+    return path
+
+
+def shortened(data: Dataset, train: int | None, test: int | None) -> Dataset:
+    """So many images of each split, drawn once and for all: the first would be of a few classes. None: all."""
+
+    def drawn(images: ImageSet | None, count: int | None) -> ImageSet | None:
+        if images is None or count is None or count >= len(images):
+            return images
+        return images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:count]))
+
+    return dataclasses.replace(data, train=drawn(data.train, train), test=drawn(data.test, test))
+
+
+def describe(protocol: Evaluation, encoder, data: Dataset) -> dict:
+    """What decides a result, as JSON."""
+    splits = {"train": data.train, "test": data.test}
+    return {
+        "protocol": {"name": protocol.name, **json.loads(json.dumps(dataclasses.asdict(protocol), default=str))},
+        "encoder": encoder.describe(),
+        "data": {
+            "spec": data.spec,
+            "name": data.name,
+            "classes": len(data.classes),
+            **{split: _size(images) for split, images in splits.items() if images is not None},
+            "report": data.report,
+        },
+    }
+
+
+def seen(data: Dataset, session: Session) -> dict:
+    """What was noticed of the images, for the splits whose features were kept: how many could not be read, and which;
+    how many are the same picture as one before; how many test images are also in train.
+    """
+    found, digests = {}, {}
+    for name, images in (("train", data.train), ("test", data.test)):
+        if images is None:
+            continue
+        found[name] = _size(images)
+        if images.identity not in session.seen:
+            continue
+        readable, split_digests = session.seen[images.identity]
+        digests[name] = split_digests[readable]
+        unreadable = [images.keys[int(row)] for row in np.flatnonzero(~readable)]
+        found[name] |= {"unreadable": len(unreadable), "unreadable_keys": unreadable[:100]}
+        found[name]["duplicates"] = int(readable.sum()) - len(np.unique(digests[name]))
+    if len(digests) == 2:
+        found["across_duplicates"] = int(np.isin(digests["test"], digests["train"]).sum())
+    return found
+
+
+def environment(session: Session, seconds: float) -> dict:
+    """Versions, device and time."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else platform.machine()
+    return found | {"device": device, "ranks": session.world_size, "seconds": round(seconds, 1)}
+
+
+def write_beside(path: Path, outcome: Outcome) -> None:
+    """The samples and the weights of a result."""
+    with whole_file(path.with_suffix(".samples.jsonl")) as temporary:
+        temporary.write_text("".join(f"{json.dumps(sample)}\n" for sample in outcome.samples), encoding="utf-8")
+    if outcome.tensors:
+        with whole_file(path.with_suffix(".safetensors")) as temporary:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in outcome.tensors.items()}, temporary)
+
+
+def _size(images: ImageSet) -> dict:
+    return {"n": len(images), "identity": images.identity}

@@ -1,0 +1,108 @@
+"""The arguments that the scripts of this folder share, and what they do with them."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from aimv2.config import override
+from aimv2.evals.datasets import open_dataset
+from aimv2.evals.datasets.interface import Dataset
+from aimv2.evals.run import Evaluation, evaluate, shortened
+from aimv2.evals.session import Session, launched_session
+
+ENCODERS = """
+ENCODER is aimv2:PATH, random:PATH (the same architecture with random weights), timm:NAME[,WEIGHTS],
+open_clip:NAME[,WEIGHTS], hf:NAME or pixels; with @LAYERS behind it, as @12-17, the mean of those blocks' outputs.
+DATA is shapes:FOLDER[@shape_colour], digits, faces, folder:PATH (train/ and val/), shards:TRAIN,TEST@KEY, hf:NAME, or a
+name such as imagenet, cifar10, dtd. On several GPUs: torchrun --nproc-per-node 8 in place of python. What was finished
+is not done again, and what was stopped goes on; for that, OUT/work keeps the features and may be deleted.
+"""
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """With the arguments of every script."""
+    made = argparse.ArgumentParser(
+        description=description, epilog=ENCODERS, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--encoder", nargs="+", required=True, metavar="ENCODER", help="one or several")
+    made.add_argument("--data", nargs="+", required=True, metavar="DATA", help="one or several")
+    made.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the results")
+    made.add_argument("--root", type=Path, help="folder of the named datasets")
+    made.add_argument("--download", action="store_true", help="named datasets that are not there")
+    made.add_argument("--train-images", type=int, metavar="N", help="so many of the training images, drawn once")
+    made.add_argument("--test-images", type=int, metavar="N", help="so many of the test images")
+    made.add_argument("--batch-size", type=int, default=64, help="images per forward pass and rank (default: 64)")
+    made.add_argument("--workers", type=int, default=4, help="processes per rank that decode images (default: 4)")
+    made.add_argument("--device", help="as cuda:1 or cpu (default: a GPU if there is one)")
+    made.add_argument(
+        "--set", nargs="+", default=[], dest="settings", metavar="KEY=VALUE", help="settings of the protocol, as k=5,10"
+    )
+    return made
+
+
+def add_features(made: argparse.ArgumentParser) -> None:
+    """For protocols that look at an encoder's blocks."""
+    made.add_argument("--image-size", type=int, help="pixels a side (the checkpoint's own)")
+    made.add_argument(
+        "--layers", help="output, a block counted from 0, a range as 12-17, last6, all, windows, pooled; commas join"
+    )
+
+
+def add_select_on(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--select-on",
+        choices=("held_out", "test"),
+        help="the sweep's winner: on 10 %% of train (default), or as published",
+    )
+
+
+def main(arguments: argparse.Namespace, protocol: Evaluation, open_encoder: Callable) -> int:
+    """Evaluate every encoder on every dataset; print where the results are and what they say."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for name in ("layers", "select_on"):
+        if getattr(arguments, name, None) is not None:
+            arguments.settings.append(f"{name}={getattr(arguments, name)}")
+    try:
+        protocol = override(protocol, arguments.settings)
+        with launched_session(
+            arguments.device, folder=arguments.out / "work", batch_size=arguments.batch_size, workers=arguments.workers
+        ) as session:
+            for spec in arguments.data:
+                data = open_in_turn(spec, arguments, session)
+                for encoder_spec in arguments.encoder:
+                    encoder = open_encoder(encoder_spec, device=session.device)
+                    show(evaluate(protocol, encoder, data, arguments.out, session), session)
+    except (ValueError, OSError, ImportError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+def open_in_turn(spec: str, arguments: argparse.Namespace, session: Session) -> Dataset:
+    """The first rank may have to download it."""
+    for turn in (True, False):
+        if (session.rank == 0) == turn:
+            data = open_dataset(spec, root=arguments.root, download=arguments.download)
+            data = shortened(data, arguments.train_images, arguments.test_images)
+        session.wait()
+    return data
+
+
+def show(path: Path, session: Session) -> None:
+    """A result's numbers, for people."""
+    if session.rank > 0:
+        return
+    result = json.loads(path.read_text())
+    print(f"{path}\n  {result['encoder']['spec']} on {result['data']['spec']}")
+    for name, metric in result["metrics"].items():
+        chance = "" if metric["chance"] is None else f"  chance {100 * metric['chance']:.2f}"
+        print(f"  {name:24} {100 * metric['value']:6.2f} ± {100 * metric['stderr']:.2f}  n {metric['n']}{chance}")
+    train, test = (result["data"].get(split, {}) for split in ("train", "test"))
+    for split, found in (("training", train), ("test", test)):
+        if found.get("unreadable"):
+            print(f"  {found['unreadable']} {split} images could not be read, such as {found['unreadable_keys'][0]}")
+    for note in result["details"].get("notes", []):
+        print(f"  note: {note}")

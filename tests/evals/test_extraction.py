@@ -1,0 +1,169 @@
+"""Features of a split: the right rows, once each, whatever stops it and however many ranks share it."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_images import MeanColour, colours, images, pixels
+from PIL import Image
+from processes import finish, start
+from torch import Tensor, distributed
+
+from aimv2.evals import extraction
+from aimv2.evals.datasets import ImageSet
+from aimv2.evals.encoders import Encoder
+from aimv2.evals.extraction import extract, keyed_randomness, online
+from aimv2.evals.session import Session, launched_session
+
+CLOSE = {"rtol": 0, "atol": 1e-6}  # means of 64 numbers in [-1, 1], in another order
+
+
+@dataclass
+class Counting:
+    """A view that counts its images and can be stopped."""
+
+    key: str = "counting"
+    seen: int = 0
+    stop_after: int = 10**9
+
+    def __call__(self, encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
+        if images.abs().sum():  # not the blank one that tells the shapes
+            self.seen += len(images)
+            if self.seen > self.stop_after:
+                raise KeyboardInterrupt
+        return MeanColour()(encoder, images)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(extraction, "CHUNK", 4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kept", [False, True])
+def test_every_row_has_its_own_features(tmp_path, kept, workers):
+    split = images(23)
+    session = Session(folder=tmp_path if kept else None, batch_size=3, workers=workers, quiet=True)
+    found = extract(pixels(), split, MeanColour(), session)
+    torch.testing.assert_close(torch.tensor(found.arrays["colour"]), colours(split, list(range(23))), **CLOSE)
+    assert found.readable.all()
+    assert len(np.unique(found.digests)) == 23
+
+
+def test_what_can_not_be_read_is_marked_and_nothing_else_is_lost(tmp_path):
+    split, session = images(9, bad=(2, 8)), Session(folder=tmp_path, quiet=True)
+    found = extract(pixels(), split, MeanColour(), session)
+    assert np.flatnonzero(~found.readable).tolist() == [2, 8]
+    assert not found.arrays["colour"][[2, 8]].any()
+    torch.testing.assert_close(torch.tensor(found.arrays["colour"][[1, 7]]), colours(split, [1, 7]), **CLOSE)
+    readable, digests = session.seen[split.identity]
+    assert readable.sum() == 7
+    assert digests.shape == (9,)
+
+
+def test_a_stopped_extraction_goes_on(tmp_path):
+    split, session = images(23), Session(folder=tmp_path, batch_size=2, quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        extract(pixels(), split, Counting(stop_after=10), session)
+    again = Counting()
+    found = extract(pixels(), split, again, session)
+    assert again.seen == 23 - 8  # two chunks of four were whole
+    torch.testing.assert_close(torch.tensor(found.arrays["colour"]), colours(split, list(range(23))), **CLOSE)
+    idle = Counting()
+    extract(pixels(), split, idle, session)
+    assert idle.seen == 0
+
+
+def test_another_split_encoder_or_view_has_files_of_its_own(tmp_path):
+    session = Session(folder=tmp_path, quiet=True)
+    extract(pixels(), images(5), MeanColour(), session)
+    extract(pixels(), images(5, seed=9), MeanColour(), session)
+    extract(pixels(), images(5), MeanColour("other"), session)
+    assert len(list((tmp_path / "features").iterdir())) == 3
+
+
+def test_other_labels_for_the_same_pictures_have_the_same_features(tmp_path):
+    session, two, five = Session(folder=tmp_path, quiet=True), images(10), images(10)
+    five = ImageSet(name="made", split="test", digest=two._digest, labels=np.arange(10) % 5, **five._whole)
+    extract(pixels(), two, MeanColour(), session)
+    idle = Counting(key=MeanColour().key)
+    extract(pixels(), five, idle, session)
+    assert two.identity != five.identity
+    assert idle.seen == 0
+
+
+def test_features_that_are_not_finite_are_refused_by_name():
+    def view(encoder, images):
+        return {"x": torch.full((len(images), 1), torch.nan)}
+
+    view.key = "nan"
+    with pytest.raises(ValueError, match=r"features of 0000\.png are not finite"):
+        extract(pixels(), images(3), view, Session(quiet=True))
+
+
+def red_noise(image: Image.Image) -> Tensor:
+    """A transform that draws from all three generators."""
+    drawn = [random.random(), np.random.rand(), torch.rand(()).item()]
+    return torch.tensor(drawn)[:, None, None].expand(3, 8, 8) + image.size[0] * 0
+
+
+def draw(epoch: int, session: Session, batches: list[np.ndarray]) -> dict[int, Tensor]:
+    found = {}
+    for rows, features in online(pixels(), images(10), MeanColour(), session, batches, red_noise, 5, epoch):
+        found |= dict(zip(rows.tolist(), features["colour"], strict=True))
+    return found
+
+
+def test_augmentation_depends_on_seed_epoch_and_row_alone():
+    order, other = [np.arange(5), np.arange(5, 10)], [np.array([9, 3, 1]), np.array([0, 2, 4, 5, 6, 7, 8])]
+    torch.manual_seed(3)
+    before = torch.get_rng_state(), random.getstate()
+    first = draw(0, Session(quiet=True), order)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    for same in (draw(0, Session(quiet=True, batch_size=2), other), draw(0, Session(quiet=True, workers=1), order)):
+        assert all(torch.equal(first[row], same[row]) for row in range(10))
+    assert not any(torch.equal(first[row], drawn) for row, drawn in draw(1, Session(quiet=True), order).items())
+    assert len({tuple(colour.tolist()) for colour in first.values()}) == 10
+
+
+def test_online_batches_leave_out_what_can_not_be_read():
+    split = images(4, bad=(1, 2, 3))
+    batches = [np.array([0, 1]), np.array([2, 3])]
+    found = list(online(pixels(), split, MeanColour(), Session(quiet=True), batches, red_noise, 0, 0))
+    assert [rows.tolist() for rows, _ in found] == [[0], []]
+    assert [features["colour"].shape for _, features in found] == [(1, 3), (0, 3)]
+
+
+def test_randomness_is_put_back_after_an_error():
+    before = random.getstate()
+    with pytest.raises(RuntimeError), keyed_randomness(1, 2):
+        random.random()
+        raise RuntimeError
+    assert random.getstate() == before
+
+
+def extract_on_ranks(folder: Path | None, out: Path) -> None:
+    extraction.CHUNK = 4
+    with launched_session("cpu", folder=folder, batch_size=3, quiet=True) as session:
+        split = images(23, bad=(6,))
+        found = extract(pixels(), split, MeanColour(), session)
+        rows = [rows for rows, _ in online(pixels(), split, MeanColour(), session, [np.arange(5)], red_noise, 0, 0)]
+        total = session.sum(torch.tensor([len(rows[0])]))
+        torch.save([torch.tensor(found.arrays["colour"]), torch.tensor(found.readable), total], out / f"{session.rank}")
+        assert distributed.is_initialized()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_two_ranks_find_what_one_does(tmp_path, kept):
+    codes = finish(start(extract_on_ranks, tmp_path if kept else None, tmp_path, ranks=2, log=tmp_path / "log"))
+    assert codes == [0, 0], (tmp_path / "log").read_text()
+    alone = extract(pixels(), images(23, bad=(6,)), MeanColour(), Session(quiet=True))
+    for rank in "01":
+        colour, readable, total = torch.load(tmp_path / rank)
+        torch.testing.assert_close(colour, torch.tensor(alone.arrays["colour"]), **CLOSE)
+        assert readable.tolist() == alone.readable.tolist()
+        assert total.item() == 5

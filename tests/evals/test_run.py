@@ -1,0 +1,125 @@
+"""A result is whole, says what it is of, and is not computed twice."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from importlib import metadata
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from made_images import MeanColour, dataset, images, pixels
+from processes import finish, start
+from safetensors.torch import load_file
+
+from aimv2.evals.extraction import extract
+from aimv2.evals.results import Outcome, classification_metrics, classification_samples
+from aimv2.evals.run import evaluate, shortened
+from aimv2.evals.session import Session, launched_session
+
+
+@dataclass(kw_only=True)
+class Redness:
+    """Classes by the mean of red, which says them."""
+
+    name: ClassVar[str] = "redness"
+    calls: ClassVar[list[int]] = []
+    wrong: bool = False
+
+    def run(self, encoder, data, session):
+        Redness.calls.append(session.rank)
+        extract(encoder, data.train, MeanColour(), session)
+        found = extract(encoder, data.test, MeanColour(), session)
+        red = (found.arrays["colour"][:, 0] + 1) * 127.5 / 10
+        scores = -np.abs(red[:, None] - np.arange(len(data.classes)))
+        scores[~found.readable] = np.nan
+        if self.wrong:
+            raise RuntimeError("on the way")
+        return Outcome(
+            metrics=classification_metrics(scores, data.test.labels),
+            samples=classification_samples(scores, data.test.labels, data.test.keys),
+            details={"notes": ["by hand"]},
+            tensors={"weight": torch.eye(2).T},
+        )
+
+
+@pytest.fixture(autouse=True)
+def no_calls():
+    Redness.calls.clear()
+
+
+def test_a_result_says_everything(tmp_path):
+    data = dataset(bad=(3,))
+    path = evaluate(Redness(), pixels(), data, tmp_path, Session(quiet=True))
+    result = json.loads(path.read_text())
+    assert path.name.startswith("redness-made-pixels_8-")
+    assert path.stem.endswith(result["hash"][:8])
+    assert result["protocol"] == {"name": "redness", "wrong": False}
+    assert result["encoder"]["spec"] == "pixels:8"
+    assert result["data"]["train"] == {
+        "n": 20,
+        "identity": data.train.identity,
+        "unreadable": 1,
+        "unreadable_keys": ["0003.png"],
+        "duplicates": 0,
+    }
+    assert (result["data"]["classes"], result["data"]["across_duplicates"]) == (2, 0)
+    top1 = result["metrics"]["top1"]
+    assert (top1["value"], top1["n"], top1["chance"]) == (10 / 11, 11, 0.5)
+    assert result["environment"]["torch"] == metadata.version("torch")
+    samples = [json.loads(line) for line in path.with_suffix(".samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 11
+    assert samples[3] == {"sample": "0003.png", "label": 1, "prediction": None, "correct": False}
+    assert torch.equal(load_file(path.with_suffix(".safetensors"))["weight"], torch.eye(2))
+
+
+def test_the_same_is_not_done_again_and_another_setting_is(tmp_path):
+    first = evaluate(Redness(), pixels(), dataset(), tmp_path, Session(quiet=True))
+    assert evaluate(Redness(), pixels(), dataset(), tmp_path, Session(quiet=True)) == first
+    assert len(Redness.calls) == 1
+    other = evaluate(Redness(), pixels(), dataset(train=18), tmp_path, Session(quiet=True))
+    assert other != first
+    assert len(Redness.calls) == 2
+
+
+def test_nothing_is_written_of_a_failure(tmp_path):
+    with pytest.raises(RuntimeError):
+        evaluate(Redness(wrong=True), pixels(), dataset(), tmp_path, Session(quiet=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_duplicates_within_and_across_splits_are_counted(tmp_path):
+    data = dataset()
+    pictures = images(20, seed=1)  # those of train
+    twice = pictures._whole["images"]
+    twice[4], pictures.identity = list.__getitem__(twice, 2), "with one of them twice"
+    data = dataclasses.replace(data, test=pictures)
+    result = json.loads(evaluate(Redness(), pixels(), data, tmp_path, Session(quiet=True)).read_text())
+    assert result["data"]["test"]["duplicates"] == 1
+    assert result["data"]["train"]["duplicates"] == 0
+    assert result["data"]["across_duplicates"] == 20
+
+
+def test_a_shortened_dataset_is_drawn_from_all_of_it():
+    short = shortened(dataset(train=1000, test=11, classes=10), 100, None)
+    again = shortened(dataset(train=1000, test=11, classes=10), 100, 50)
+    assert (len(short.train), len(short.test)) == (100, 11)
+    assert short.train.identity == again.train.identity
+    assert len(set(short.train.labels)) == 10
+    assert list(short.train.keys) == sorted(short.train.keys)
+
+
+def on_ranks(out) -> None:
+    with launched_session("cpu", quiet=True) as session:
+        for _ in range(2):
+            evaluate(Redness(), pixels(), dataset(test=7), out, session)
+        assert len(Redness.calls) == 1
+
+
+def test_ranks_write_one_result(tmp_path):
+    codes = finish(start(on_ranks, tmp_path / "out", ranks=2, log=tmp_path / "log"))
+    assert codes == [0, 0], (tmp_path / "log").read_text()
+    (path,) = (tmp_path / "out").glob("*.json")
+    result = json.loads(path.read_text())
+    assert (result["metrics"]["top1"]["value"], result["environment"]["ranks"]) == (1.0, 2)
