@@ -16,8 +16,9 @@ from aimv2.evals.attentive_sweep import AttentiveSweep
 from aimv2.evals.datasets import Dataset
 from aimv2.evals.encoders import Encoder, parse_layers, streams
 from aimv2.evals.encoders.interface import weights_digest
-from aimv2.evals.extraction import View, fingerprint
-from aimv2.evals.probe_features import MODES, Anew, augmented, feature_shapes, source_of
+from aimv2.evals.extraction import View, feature_shapes
+from aimv2.evals.feature_store import fingerprint
+from aimv2.evals.probe_features import MODES, Anew, augmented, source_of
 from aimv2.evals.probe_outcome import SELECT_ON, Choice
 from aimv2.evals.probe_sweep import Training, batches_per_epoch, split_rows, unreadable_keys
 from aimv2.evals.results import Outcome

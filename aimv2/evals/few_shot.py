@@ -28,8 +28,8 @@ class FewShot:
     """The strength is chosen for each draw of shots, on a tenth of the training set from which no shot is drawn: more
     labels are seen than those of the shots. With all images, the fit is repeated with that tenth.
 
-    The number to quote is that of all images. That of the shots is a mean over draws, with its standard error over
-    draws.
+    The number to quote is that of all images. That of the shots is a mean over draws, with the standard error of
+    `over_draws`.
     """
 
     name: ClassVar[str] = "few_shot"
@@ -145,12 +145,14 @@ def draw_shots(rows: np.ndarray, labels: np.ndarray, shots: int, rng: np.random.
 
 
 def over_draws(draws: list[Metric]) -> Metric:
-    """The mean, with its standard error over draws; over the test samples if there is one draw."""
-    if len(draws) == 1:
-        return draws[0]
+    """The mean over draws, which share their n test samples: sqrt(variance over draws / draws + mean of p (1 - p) / n).
+
+    With one draw nothing is known of other draws: it is the second part alone.
+    """
     values = [metric.value for metric in draws]
-    stderr = float(np.std(values, ddof=1) / np.sqrt(len(values)))
-    return Metric(float(np.mean(values)), stderr, draws[0].n, draws[0].chance)
+    of_draws = np.var(values, ddof=1) / len(values) if len(values) > 1 else 0.0
+    of_samples = np.mean([metric.stderr**2 for metric in draws])
+    return Metric(float(np.mean(values)), float(np.sqrt(of_draws + of_samples)), draws[0].n, draws[0].chance)
 
 
 def logistic_scores(

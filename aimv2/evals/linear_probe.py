@@ -17,8 +17,9 @@ from torch import Tensor
 
 from aimv2.evals.datasets import Dataset
 from aimv2.evals.encoders import Encoder, parse_layers, streams
-from aimv2.evals.extraction import fingerprint
-from aimv2.evals.probe_features import MODES, cropped, feature_shapes, source_of
+from aimv2.evals.extraction import feature_shapes
+from aimv2.evals.feature_store import fingerprint
+from aimv2.evals.probe_features import MODES, cropped, source_of
 from aimv2.evals.probe_outcome import SELECT_ON, Choice
 from aimv2.evals.probe_sweep import Training, split_rows, unreadable_keys
 from aimv2.evals.results import Outcome

@@ -15,7 +15,8 @@ from torch import Tensor
 from aimv2.evals.datasets import Dataset
 from aimv2.evals.encoders import Encoder
 from aimv2.evals.encoders.packages import optional
-from aimv2.evals.extraction import Extracted, View, extract, online
+from aimv2.evals.extraction import View, extract, feature_shapes, online
+from aimv2.evals.feature_store import Extracted
 from aimv2.evals.session import Session
 
 MODES = ("auto", "online", "cached")
@@ -111,13 +112,6 @@ class _Looked:
 
     def __call__(self, encoder: Encoder, images: Tensor) -> Features:
         return self.function({name: value.float() for name, value in self.view(encoder, images).items()})
-
-
-def feature_shapes(encoder: Encoder, view: View, session: Session) -> dict[str, tuple[int, ...]]:
-    """Of one image's features, by stream."""
-    side = encoder.processor.config.image_size
-    features = view(encoder, torch.zeros(1, 3, side, side, device=session.device))
-    return {name: tuple(value.shape[1:]) for name, value in features.items()}
 
 
 def source_of(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aimv2.evals.datasets import held_out
-from aimv2.evals.extraction import fingerprint
+from aimv2.evals.feature_store import fingerprint
 from aimv2.evals.probe_features import Anew, Kept
 from aimv2.evals.session import Session
 from aimv2.whole_files import whole_file

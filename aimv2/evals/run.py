@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from aimv2.evals.datasets.interface import Dataset, ImageSet
-from aimv2.evals.extraction import fingerprint
+from aimv2.evals.feature_store import fingerprint
 from aimv2.evals.results import Outcome
 from aimv2.evals.session import Session
 from aimv2.whole_files import whole_file, write_json

@@ -14,8 +14,9 @@ from torch import Tensor, distributed
 
 from aimv2.evals import extraction
 from aimv2.evals.datasets import ImageSet
-from aimv2.evals.encoders import Encoder
+from aimv2.evals.encoders import Encoder, open_encoder
 from aimv2.evals.extraction import extract, keyed_randomness, online
+from aimv2.evals.feature_store import FileStore
 from aimv2.evals.session import Session, launched_session
 
 CLOSE = {"rtol": 0, "atol": 1e-6}  # means of 64 numbers in [-1, 1], in another order
@@ -82,7 +83,42 @@ def test_another_split_encoder_or_view_has_files_of_its_own(tmp_path):
     extract(pixels(), images(5), MeanColour(), session)
     extract(pixels(), images(5, seed=9), MeanColour(), session)
     extract(pixels(), images(5), MeanColour("other"), session)
-    assert len(list((tmp_path / "features").iterdir())) == 3
+    extract(open_encoder("pixels:16"), images(5), MeanColour(), session)
+    assert len(list((tmp_path / "features").iterdir())) == 4
+
+
+def test_arrays_that_were_deleted_are_made_again(tmp_path):
+    split, session = images(10), Session(folder=tmp_path, quiet=True)
+    extract(pixels(), split, MeanColour(), session)
+    (array,) = tmp_path.glob("features/*/colour.*.npy")
+    array.unlink()
+    again = Counting(key=MeanColour().key)
+    found = extract(pixels(), split, again, session)
+    assert again.seen == 10
+    torch.testing.assert_close(torch.tensor(found.arrays["colour"]), colours(split, list(range(10))), **CLOSE)
+
+
+def test_two_processes_that_begin_at_once_share_one_array(tmp_path, monkeypatch):
+    """The second looks before the first has created anything, and creates after it."""
+    split, session = images(10), Session(folder=tmp_path, quiet=True)
+    description, shapes = {"of": "both"}, {"colour": (3,)}
+    first = FileStore(tmp_path / "features", description, shapes, 10, session)
+    looks = iter([None])
+    created = FileStore._created
+    monkeypatch.setattr(FileStore, "_created", lambda self: next(looks, created(self)))
+    second = FileStore(tmp_path / "features", description, shapes, 10, session)
+    assert second.creation == first.creation
+    rows = {"colour": colours(split, list(range(10))).numpy()}
+    first.put(range(0, 6), {"colour": rows["colour"][:6]}, [True] * 6, [1] * 6)
+    second.put(range(6, 10), {"colour": rows["colour"][6:]}, [True] * 4, [2] * 4)
+    found = second.finish([range(0, 6), range(6, 10)])
+    assert np.array_equal(found.arrays["colour"], rows["colour"])
+    assert len(list((tmp_path / "features").glob("*.npy"))) == 1
+
+
+def test_a_split_without_any_readable_image_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"made test: none of 3 images can be read, as 0000\.png"):
+        extract(pixels(), images(3, bad=(0, 1, 2)), MeanColour(), Session(folder=tmp_path, quiet=True))
 
 
 def test_other_labels_for_the_same_pictures_have_the_same_features(tmp_path):

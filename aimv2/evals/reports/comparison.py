@@ -4,6 +4,7 @@ n samples, S resamplings, K different values of a sample's difference.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 from aimv2.evals.reports.files import Result, read_result
 
 RESAMPLES = 10_000
+SAME = ("label", "patches")  # what a sample must have in common in both results
 _MOST_DRAWN = 10_000_000  # numbers in memory at a time
 
 
@@ -36,14 +38,28 @@ class Comparison:
     mcnemar: float | None
 
 
-def compare(a: str | Path, b: str | Path, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two results and their comparison.
+
+    quantities: what is compared of each. differences: a line for each respect, besides the encoder, in which they are
+    not alike.
+    """
+
+    results: tuple[Result, Result]
+    quantities: tuple[str, str]
+    differences: list[str]
+    comparison: Comparison
+
+
+def compare(a: str | Path, b: str | Path, *, resamples: int = RESAMPLES, seed: int = 0) -> Pair:
     """Compare two result files by the samples beside them, which are matched by their key.
 
-    Compared is the mean of "correct": top1, recall at 1, or the share of patches. The seeds of training are not drawn
-    again: it is about these two sets of weights.
+    Compared is the mean of "correct": top1, recall at 1, or the share of an image's patches. The seeds of training are
+    not drawn again: it is about these two sets of weights.
 
     Raises:
-        ValueError: no samples; other test sets, keys or labels; a key that is there twice.
+        ValueError: no samples; other test sets, keys, labels or numbers of patches; a key that is there twice.
     """
     results = [read_result(path) for path in (a, b)]
     if results[0].test != results[1].test:
@@ -54,17 +70,22 @@ def compare(a: str | Path, b: str | Path, *, resamples: int = RESAMPLES, seed: i
     if differing:
         raise ValueError(f"{len(differing):,} samples are in one of the two only, as {min(differing)!r}: expected none")
     for key, sample in samples[0].items():
-        labels = [each.get("label") for each in (sample, samples[1][key])]
-        if labels[0] != labels[1]:
-            raise ValueError(f"sample {key!r} has labels {labels[0]} and {labels[1]}: expected the same")
+        for name in SAME:
+            values = [each.get(name) for each in (sample, samples[1][key])]
+            if values[0] != values[1]:
+                raise ValueError(f"sample {key!r} has {name} {values[0]} and {values[1]}: expected the same")
     first, second = (np.array([float(part[key]["correct"]) for key in samples[0]]) for part in samples)
-    return paired(first, second, resamples=resamples, seed=seed)
+    comparison = paired(first, second, resamples=resamples, seed=seed)
+    quantities = (_quantity(results[0], samples[0], comparison.a), _quantity(results[1], samples[1], comparison.b))
+    return Pair((results[0], results[1]), quantities, _differences(*results), comparison)
 
 
 def paired(a: np.ndarray, b: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
     """The same of two arrays (n,), in the same order, of how far each sample is right, from 0 to 1."""
     if a.shape != b.shape or a.ndim != 1 or not len(a):
         raise ValueError(f"shapes {a.shape} and {b.shape}: expected (n,) for both, n at least 1")
+    if resamples < 1:
+        raise ValueError(f"resamples {resamples}: expected 1 or more")
     a, b = a.astype(np.float64), b.astype(np.float64)
     difference = float(np.mean(a - b))
     means = _resampled_means(a - b, resamples, seed)
@@ -108,6 +129,34 @@ def read_samples(result: Result) -> dict[str, dict]:
     if not samples:
         raise ValueError(f"{result.samples_path}: no samples, expected at least one")
     return samples
+
+
+def _quantity(result: Result, samples: dict[str, dict], mean: float) -> str:
+    """The headline, if the samples' mean is that; else what it is, and what the result quotes."""
+    quoted = result.metrics[result.headline].value
+    if math.isclose(mean, quoted, abs_tol=1e-6):
+        return result.headline
+    of_patches = all("patches" in sample for sample in samples.values())
+    what = (
+        "mean over images of the share of patches that are right" if of_patches else "share of samples that are right"
+    )
+    return f"{what} (the result's {result.headline} is {100 * quoted:.2f} %)"
+
+
+def _differences(a: Result, b: Result) -> list[str]:
+    found = []
+    if a.train != b.train:
+        found.append(f"training images: {_training(a)} and {_training(b)}")
+    if a.protocol["name"] != b.protocol["name"]:
+        return [*found, f"protocol: {a.protocol['name']} and {b.protocol['name']}"]
+    for name in a.settings | b.settings:
+        if a.settings.get(name) != b.settings.get(name):
+            found.append(f"{name}: {a.settings.get(name)} and {b.settings.get(name)}")
+    return found
+
+
+def _training(result: Result) -> str:
+    return "none" if result.train is None else f"{result.data['train'].get('n')} ({result.train[:8]})"
 
 
 def _resampled_means(differences: np.ndarray, resamples: int, seed: int) -> np.ndarray:

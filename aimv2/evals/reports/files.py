@@ -88,12 +88,15 @@ def read_result(path: str | Path) -> Result:
 
 
 def read_results(folders: Iterable[str | Path]) -> tuple[list[Result], list[str]]:
-    """(results, one line for each *.json that is none) of all folders; what lies in two of them is read once.
+    """(results, one line for each *.json that is left out) of all folders.
+
+    Of results with one hash, which are of the same evaluation, the first is taken; that another has other numbers, as
+    from another machine, is a line.
 
     Raises ValueError for a folder that is not there, and if no file is a result.
     """
     folders = [Path(folder) for folder in folders]
-    results, problems, seen = [], [], set()
+    results, problems, first = [], [], {}
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder}: expected a folder of results")
@@ -103,14 +106,25 @@ def read_results(folders: Iterable[str | Path]) -> tuple[list[Result], list[str]
             except ValueError as error:
                 problems.append(str(error))
                 continue
-            if not result.hash or result.hash not in seen:
+            known = first.setdefault(result.hash or path, result)
+            if known is result:
                 results.append(result)
-            seen.add(result.hash)
+            elif difference := _difference(known, result):
+                problems.append(f"{path}: the same evaluation as {known.path}, but {difference}")
     if not results:
-        first = f"; {problems[0]}" if problems else ""
+        reason = f"; {problems[0]}" if problems else ""
         places = ", ".join(map(str, folders)) or "no folder"
-        raise ValueError(f"{places}: no result among {len(problems)} JSON files, expected at least one{first}")
+        raise ValueError(f"{places}: no result among {len(problems)} JSON files, expected at least one{reason}")
     return results, problems
+
+
+def _difference(first: Result, second: Result) -> str | None:
+    """The first metric in which two results differ by more than rounding."""
+    for name in first.metrics | second.metrics:
+        one, other = (f"{r.metrics[name].value:.6f}" if name in r.metrics else "missing" for r in (first, second))
+        if one != other:
+            return f"{name} is {other}, not {one}"
+    return None
 
 
 def _metric(path: Path, name: str, entry: object) -> Metric:

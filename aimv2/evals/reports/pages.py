@@ -47,7 +47,7 @@ class Report:
     folder: Path
     files: list[Path]
     results: int
-    problems: list[str]  # one line for each JSON file that is no result
+    problems: list[str]  # one line for each JSON file that was left out
 
 
 def write_report(folders: Iterable[str | Path], out: str | Path) -> Report:
@@ -94,7 +94,7 @@ def markdown(results: Sequence[Result], table: Table, problems: Sequence[str], p
     parts += [f"## {PICTURES[name][0]}\n\n{PICTURES[name][1]}\n\n![{PICTURES[name][0]}]({name})" for name in pictures]
     parts += ["## Results", _markdown_table(*_provenance(results, _in_markdown))]
     if problems:
-        parts += ["## Not read", "\n".join(f"- {_in_markdown(line)}" for line in problems)]
+        parts += ["## Left out", "\n".join(f"- {_in_markdown(line)}" for line in problems)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -118,7 +118,7 @@ def page(results: Sequence[Result], table: Table, problems: Sequence[str], pictu
     parts.append(f'<h2>Results</h2><div class="wide"><table><thead><tr>{head}</tr></thead>{body}</table></div>')
     if problems:
         lines = "".join(f"<li>{_in_html(line)}</li>" for line in problems)
-        parts.append(f"<h2>Not read</h2><ul>{lines}</ul>")
+        parts.append(f"<h2>Left out</h2><ul>{lines}</ul>")
     content = "\n".join(parts)
     head = f'<meta charset="utf-8"><title>{TITLE}</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{content}\n</body></html>\n'
@@ -126,7 +126,7 @@ def page(results: Sequence[Result], table: Table, problems: Sequence[str], pictu
 
 def _counted(results: Sequence[Result], table: Table, problems: Sequence[str]) -> str:
     text = f"{len(results):,} results of {len(table.rows):,} encoders on {len(table.data):,} data sets."
-    return text + (f" JSON files that are no results: {len(problems):,}, named at the end." if problems else "")
+    return text + (f" JSON files left out: {len(problems):,}, named at the end." if problems else "")
 
 
 def _head(column: Column, heading: str) -> str:
