@@ -128,11 +128,6 @@ def limit_waiting(timeout: timedelta = STEP_TIMEOUT) -> None:
         dist.distributed_c10d._set_pg_timeout(timeout)
 
 
-def lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone or hangs."""
-    return isinstance(error, dist.DistError) or "by peer" in str(error) or "Timed out waiting" in str(error)
-
-
 def build_engine(model: nn.Module, optim: OptimConfig, config: EngineConfig) -> Engine:
     if config.compile:
         model.compile()

@@ -90,6 +90,12 @@ class TrainConfig:
             )
         if data.validation is None and not all(isinstance(e, FrozenEvaluation) for e in self.evals):
             raise ValueError("data.validation is None, but evals need it: expected a source, or no evals")
+        names = [e.name for e in self.evals]
+        if len(set(names)) < len(names):
+            raise ValueError(f"evals {', '.join(names)}: expected different names, as label=... gives")
+        for e in self.evals:
+            if isinstance(e, FrozenEvaluation):
+                e.check(vision.depth, has_text=False)
         least = {"steps": 1, "save_every": 1, "log_every": 1, "seed": 0, "keep": 2}  # one checkpoint may be damaged
         for name, value in least.items():
             if getattr(self, name) < value:

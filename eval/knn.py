@@ -16,6 +16,6 @@ from aimv2.evals.knn import KNN
 
 if __name__ == "__main__":
     made = parser(__doc__)
-    add_features(made)
+    add_features(made, "pooled, ")
     arguments = made.parse_args()
     sys.exit(main(arguments, KNN(), partial(open_encoder, image_size=arguments.image_size)))

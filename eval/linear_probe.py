@@ -18,7 +18,7 @@ from aimv2.evals.linear_probe import LinearProbe
 if __name__ == "__main__":
     made = parser(__doc__)
     made.add_argument("--few-shot", action="store_true", help="logistic regression on 1 to 16 images of each class")
-    add_features(made)
+    add_features(made, "grid, pooled, ")
     add_select_on(made)
     arguments = made.parse_args()
     protocol = FewShot() if arguments.few_shot else LinearProbe()

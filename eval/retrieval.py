@@ -8,10 +8,10 @@ The encoder must have a text tower.
 
 import sys
 
-from arguments import main, parser
+from arguments import MODELS, main, parser
 
 from aimv2.evals.retrieval import Retrieval
 from aimv2.evals.text_image import open_text_image
 
 if __name__ == "__main__":
-    sys.exit(main(parser(__doc__).parse_args(), Retrieval(), open_text_image))
+    sys.exit(main(parser(__doc__, MODELS).parse_args(), Retrieval(), open_text_image))

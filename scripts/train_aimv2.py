@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     # Here, because the processes that write data import this file, too.
-    from aimv2.engine import lost_peer
+    from aimv2.ranks import lost_peer
     from aimv2.train import TrainingError, train
 
     try:

@@ -106,6 +106,7 @@ def test_ranks_share_the_work(models, tmp_path):
         ("knn", ["--data", "digits", "--set", "neighbours=3"], "unknown key neighbours"),
         ("knn", ["--data", "digits", "--layers", "7"], "'7' is not within blocks 0 to 2"),
         ("retrieval", ["--data", "digits"], "without a text tower"),
+        ("knn", ["--data", "digits", "--device", "foo"], "device foo"),
     ],
 )
 def test_mistakes_are_one_line(name, changes, words, models, tmp_path):
@@ -116,3 +117,19 @@ def test_mistakes_are_one_line(name, changes, words, models, tmp_path):
     assert words in line
     assert "Traceback" not in said
     assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_an_error_of_all_ranks_is_one_line(models, tmp_path):
+    asked = ["--encoder", f"aimv2:{models['encoder']}", "--out", tmp_path / "out", "--data", "klingon"]
+    codes, said = run("knn", *asked, "--device", "cpu", log=tmp_path / "log", ranks=2)
+    assert codes == [1, 1]
+    assert "Traceback" not in said
+    assert sum(line.startswith("error: no dataset 'klingon'") for line in said.splitlines()) == 1
+
+
+def test_options_given_twice_add_up(models, tmp_path):
+    asked = ["--encoder", f"aimv2:{models['encoder']}", "--encoder", "pixels", "--data", "faces", "--workers", 0]
+    codes, said = run("knn", *asked, "--out", tmp_path, "--set", "k=5", "--set", "seed=3", log=tmp_path / "log")
+    assert codes == [0], said
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert [(r["protocol"]["k"], r["protocol"]["seed"]) for r in results] == [([5], 3)] * 2

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = [
-    {"patches", "masks", "positions", "layers", "losses", "config", "manifest", "weights", "whole_files"},
+    {"patches", "masks", "positions", "layers", "losses", "config", "manifest", "ranks", "weights", "whole_files"},
     {
         "encoder",
         "decoder",

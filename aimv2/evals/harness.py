@@ -1,4 +1,4 @@
-"""What every eval needs: a model at rest, and sums over ranks.
+"""What every eval needs: a model at rest.
 
 Ranks hold different samples, so they may call the model a different number of times: it must be whole on each rank.
 """
@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextmanager
@@ -22,10 +21,3 @@ def at_rest(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def sum_over_ranks(sums: Tensor) -> Tensor:
-    """The sum of every rank's tensor, in one reduction; the tensor itself if nothing is distributed."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(sums)
-    return sums

@@ -10,7 +10,7 @@ from aimv2.data.loader import DataConfig
 from aimv2.evals.attentive_probe import AttentiveProbe
 from aimv2.evals.datasets import open_dataset
 from aimv2.evals.dense.patch_probe import PatchProbe
-from aimv2.evals.encoders import encoder_of
+from aimv2.evals.encoders import encoder_of, parse_layers
 from aimv2.evals.few_shot import FewShot
 from aimv2.evals.harness import at_rest
 from aimv2.evals.knn import KNN
@@ -23,6 +23,7 @@ from aimv2.evals.zero_shot import ZeroShot
 from aimv2.preprocessing import ProcessorConfig
 
 WITH_TEXT = (ZeroShot, Retrieval)
+POOLED = ("pooled", "grid")  # layers that every encoder has
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,10 +42,20 @@ class FrozenEvaluation:
     test: int | None = 2_000
     batch_size: int = 64  # images per rank and pass
     workers: int = 0  # processes per rank that decode images
+    label: str | None = None  # in the logs; None: the protocol's name and the dataset
 
     @property
     def name(self) -> str:
-        return f"{self.protocol.name} {self.dataset}"
+        return self.label or f"{self.protocol.name} {self.dataset}"
+
+    def check(self, depth: int, has_text: bool) -> None:
+        """Raises ValueError for what an encoder of so many blocks, or a model without a text tower, can't be asked."""
+        if isinstance(self.protocol, WITH_TEXT):
+            if not has_text:
+                raise ValueError(f"{self.name}: the objective has no text tower, which {self.protocol.name} needs")
+        else:
+            words = [word.strip() for word in self.protocol.layers.split(",")]
+            parse_layers(",".join(word for word in words if word not in POOLED) or "output", depth)
 
     def build(
         self, data: DataConfig, *, patch_size: int, seed: int, rank: int, world_size: int, device: torch.device

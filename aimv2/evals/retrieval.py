@@ -31,6 +31,7 @@ class Retrieval:
     """Of equal similarities the wrong ones come first: a model that gives all the same has found nothing."""
 
     name: ClassVar[str] = "retrieval"
+    trains: ClassVar[bool] = False
     k: tuple[int, ...] = (1, 5, 10)
 
     def __post_init__(self):

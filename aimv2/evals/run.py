@@ -1,6 +1,7 @@
 """One evaluation from beginning to end: a protocol, an encoder, a dataset -> a JSON file with its samples beside it."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import platform
@@ -21,6 +22,7 @@ from aimv2.evals.session import Session
 from aimv2.whole_files import whole_file, write_json
 
 FORMAT = "aimv2 evaluation 1"
+MOST_KEYS = 100  # of unreadable images, in a result
 PACKAGES = (
     "aimv2",
     "torch",
@@ -37,9 +39,13 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluation(Protocol):
-    """A dataclass of settings: AttentiveProbe, LinearProbe, KNN, ZeroShot, Retrieval and so on."""
+    """A dataclass of settings: AttentiveProbe, LinearProbe, KNN, ZeroShot, Retrieval and so on.
+
+    `trains` is False where a training set is not looked at, so that it does not tell results apart.
+    """
 
     name: str
+    trains: bool = True
 
     def run(self, encoder, data: Dataset, session: Session) -> Outcome: ...
 
@@ -53,23 +59,22 @@ def evaluate(protocol: Evaluation, encoder, data: Dataset, out: Path, session: S
 
     Args:
         encoder: what the protocol takes, an Encoder or a TextImageModel.
-        session: features and states of training are kept in its folder, if it has one, until the result is there.
+        session: features and states of training are kept in its folder, if it has one, for the next evaluation.
     """
     description = describe(protocol, encoder, data)
-    names = (protocol.name, data.spec, description["encoder"]["spec"])
-    stem = "-".join(re.sub(r"[^\w.@]+", "_", name).strip("_")[-60:] for name in names)
+    stem = stem_of(protocol.name, data.spec, description["encoder"]["spec"])
     path = Path(out) / f"{stem}-{fingerprint(description)[:8]}.json"
-    if session.sum(
-        torch.tensor(session.rank == 0 and path.exists(), dtype=torch.int32)
-    ):  # all ranks as the first sees it
+    there = torch.tensor(session.rank == 0 and path.exists(), dtype=torch.int32)
+    if session.sum(there):  # the others may see it later, or only what this run writes
         logger.info("%s is there already", path)
         return path
     began = time.monotonic()
+    session.seen.clear()
     outcome = protocol.run(encoder, data, session)
     if session.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         result = {"format": FORMAT, "hash": fingerprint(description), **description}
-        result["data"] |= seen(data, session)
+        result["data"] |= seen(data, outcome, session)
         result["metrics"] = {name: dataclasses.asdict(metric) for name, metric in outcome.metrics.items()}
         result["details"] = outcome.details
         result["environment"] = environment(session, time.monotonic() - began)
@@ -79,8 +84,19 @@ def evaluate(protocol: Evaluation, encoder, data: Dataset, out: Path, session: S
     return path
 
 
+def stem_of(*names: str) -> str:
+    """A file name from names that may be paths; of long ones the end."""
+    return "-".join(re.sub(r"[^\w.@]+", "_", name).strip("_.")[-60:] for name in names)
+
+
 def shortened(data: Dataset, train: int | None, test: int | None) -> Dataset:
-    """So many images of each split, drawn once and for all: the first would be of a few classes. None: all."""
+    """So many images of each split, drawn once and for all: the first would be of a few classes. None: all.
+
+    Raises ValueError for less than one.
+    """
+    for count in (train, test):
+        if count is not None and count < 1:
+            raise ValueError(f"{count} images: expected 1 or more")
 
     def drawn(images: ImageSet | None, count: int | None) -> ImageSet | None:
         if images is None or count is None or count >= len(images):
@@ -91,37 +107,44 @@ def shortened(data: Dataset, train: int | None, test: int | None) -> Dataset:
 
 
 def describe(protocol: Evaluation, encoder, data: Dataset) -> dict:
-    """What decides a result, as JSON."""
-    splits = {"train": data.train, "test": data.test}
+    """What decides a result, as JSON. Settings that are files have a digest of what is in them."""
+    settings = json.loads(json.dumps(dataclasses.asdict(protocol), default=str))
+    files = {name: Path(value).expanduser() for name, value in settings.items() if isinstance(value, str)}
+    digests = {name: file_digest(path) for name, path in files.items() if path.is_file()}
+    described = {
+        "spec": data.spec,
+        "name": data.name,
+        "classes": len(data.classes),
+        "words": fingerprint([data.classes, data.templates]),
+        "test": _size(data.test),
+        "report": data.report,
+    }
+    if data.train is not None and getattr(protocol, "trains", Evaluation.trains):
+        described["train"] = _size(data.train)
     return {
-        "protocol": {"name": protocol.name, **json.loads(json.dumps(dataclasses.asdict(protocol), default=str))},
+        "protocol": {"name": protocol.name, **settings, **({"files": digests} if digests else {})},
         "encoder": encoder.describe(),
-        "data": {
-            "spec": data.spec,
-            "name": data.name,
-            "classes": len(data.classes),
-            **{split: _size(images) for split, images in splits.items() if images is not None},
-            "report": data.report,
-        },
+        "data": described,
     }
 
 
-def seen(data: Dataset, session: Session) -> dict:
-    """What was noticed of the images, for the splits whose features were kept: how many could not be read, and which;
-    how many are the same picture as one before; how many test images are also in train.
+def seen(data: Dataset, outcome: Outcome, session: Session) -> dict:
+    """What was noticed of the images: how many could not be read, and which. Where all were prepared alike, also how
+    many are the same picture as one before, and how many test images are also in train.
     """
     found, digests = {}, {}
     for name, images in (("train", data.train), ("test", data.test)):
         if images is None:
             continue
         found[name] = _size(images)
-        if images.identity not in session.seen:
-            continue
-        readable, split_digests = session.seen[images.identity]
-        digests[name] = split_digests[readable]
-        unreadable = [images.keys[int(row)] for row in np.flatnonzero(~readable)]
-        found[name] |= {"unreadable": len(unreadable), "unreadable_keys": unreadable[:100]}
-        found[name]["duplicates"] = int(readable.sum()) - len(np.unique(digests[name]))
+        if images.identity in session.seen:
+            readable, split_digests = session.seen[images.identity]
+            digests[name] = split_digests[readable]
+            unreadable = [images.keys[int(row)] for row in np.flatnonzero(~readable)]
+            found[name] |= {"unreadable": len(unreadable), "unreadable_keys": unreadable[:MOST_KEYS]}
+            found[name]["duplicates"] = int(readable.sum()) - len(np.unique(digests[name]))
+        elif name == "train" and "unreadable" in outcome.details:  # a probe on augmented images
+            found[name] |= {key: outcome.details[key] for key in ("unreadable", "unreadable_keys")}
     if len(digests) == 2:
         found["across_duplicates"] = int(np.isin(digests["test"], digests["train"]).sum())
     return found
@@ -146,6 +169,11 @@ def write_beside(path: Path, outcome: Outcome) -> None:
     if outcome.tensors:
         with whole_file(path.with_suffix(".safetensors")) as temporary:
             save_file({name: tensor.cpu().contiguous() for name, tensor in outcome.tensors.items()}, temporary)
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size(images: ImageSet) -> dict:

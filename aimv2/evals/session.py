@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aimv2.evals.harness import sum_over_ranks
+from aimv2.ranks import sum_over_ranks
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,17 +60,22 @@ class Session:
 def launched_session(device: str | torch.device | None = None, **settings) -> Iterator[Session]:
     """The session of this process, as `torchrun` started it or alone; `settings` are Session's.
 
-    `device`: None is this rank's GPU where there is one, else the CPU.
+    `device`: None is this rank's GPU where there is one, else the CPU. Raises ValueError for one that isn't there.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # the patch embedding is a convolution, and final numbers are fp32's
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Ranks wait for one that downloads, or has the longer share: a launcher ends them if it fails.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     try:
         yield Session(device=device, rank=rank, world_size=world_size, **settings)
     finally:

@@ -17,7 +17,8 @@ from aimv2.data.remote import RemoteFiles
 from aimv2.data.shapes import parse_caption
 from aimv2.data.shards import Shards, expand_shards
 from aimv2.data.tokenizer import Tokenizer
-from aimv2.evals.harness import at_rest, sum_over_ranks
+from aimv2.evals.harness import at_rest
+from aimv2.ranks import sum_over_ranks
 
 ATTRIBUTES = ("shape", "colour", "size", "place")  # as `parse_caption` orders them
 Objects = frozenset[tuple[str, str, str, str]]

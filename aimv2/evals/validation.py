@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from aimv2.data.batch import Batch, Counts, count_targets
 from aimv2.data.loader import DataConfig, validation_loader
 from aimv2.data.shapes import caption_entropy
-from aimv2.evals.harness import at_rest, sum_over_ranks
+from aimv2.evals.harness import at_rest
+from aimv2.ranks import sum_over_ranks
 
 
 @dataclass(slots=True, kw_only=True)

@@ -32,6 +32,7 @@ class ZeroShot:
     """
 
     name: ClassVar[str] = "zero_shot"
+    trains: ClassVar[bool] = False
     templates: str = "dataset"
     classes: str = "dataset"
 

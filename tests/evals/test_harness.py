@@ -5,10 +5,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from aimv2.evals.harness import sum_over_ranks
 from aimv2.evals.shapes_captions import ShapesCaptions
 from aimv2.evals.validation import ValidationLoss
 from aimv2.pretrained import load_model
+from aimv2.ranks import sum_over_ranks
 
 
 def test_alone_the_sum_is_the_tensor_itself():

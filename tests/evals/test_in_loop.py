@@ -17,6 +17,7 @@ from aimv2.evals.knn import KNN
 from aimv2.evals.linear_probe import LinearProbe
 from aimv2.evals.run import shortened
 from aimv2.evals.session import Session
+from aimv2.evals.zero_shot import ZeroShot
 from aimv2.train import TrainConfig
 
 CONFIG = """
@@ -126,3 +127,24 @@ def test_a_dataset_that_is_not_there_is_refused_before_training(dataset, message
 def test_a_protocol_that_is_none_is_refused():
     with pytest.raises(ConfigError, match="expected one of"):
         from_json(FrozenEvaluation, {"protocol": {"type": "Nearest"}, "dataset": "digits"})
+
+
+@pytest.mark.parametrize(
+    ("evals", "message"),
+    [
+        ([FrozenEvaluation(protocol=KNN(layers="pooled,7"), dataset="digits")], "'7' is not within blocks 0 to 0"),
+        ([FrozenEvaluation(protocol=ZeroShot(), dataset="digits")], "no text tower, which zero_shot needs"),
+        ([FrozenEvaluation(protocol=KNN(layers=at), dataset="digits") for at in ("0", "output")], "different names"),
+    ],
+)
+def test_what_could_not_run_is_refused_before_training(evals, message):
+    run = load_config(Path(__file__).parents[1] / "tiny_run.py")
+    run.evals = evals
+    with pytest.raises(ConfigError, match=message):
+        from_json(TrainConfig, to_json(run))
+
+
+def test_labels_tell_two_of_one_protocol_apart():
+    run = load_config(Path(__file__).parents[1] / "tiny_run.py")
+    run.evals = [FrozenEvaluation(protocol=KNN(layers=at), dataset="digits", label=at) for at in ("0", "output")]
+    assert [e.name for e in from_json(TrainConfig, to_json(run)).evals] == ["0", "output"]

@@ -123,3 +123,68 @@ def test_ranks_write_one_result(tmp_path):
     (path,) = (tmp_path / "out").glob("*.json")
     result = json.loads(path.read_text())
     assert (result["metrics"]["top1"]["value"], result["environment"]["ranks"]) == (1.0, 2)
+
+
+@dataclass(kw_only=True)
+class FromFile(Redness):
+    """A protocol with a file among its settings."""
+
+    words: str = "none"
+
+
+def test_what_is_in_a_file_decides_and_not_its_name(tmp_path):
+    words = tmp_path / "words.txt"
+    found = set()
+    for text in ("one", "two", "one"):
+        words.write_text(text)
+        found.add(evaluate(FromFile(words=str(words)), pixels(), dataset(), tmp_path / "out", Session(quiet=True)))
+    assert len(found) == len(Redness.calls) == 2
+
+
+def test_the_names_of_classes_decide(tmp_path):
+    one = dataset()
+    other = dataclasses.replace(one, classes=("background", "class 1"))
+    paths = {evaluate(Redness(), pixels(), data, tmp_path, Session(quiet=True)) for data in (one, other)}
+    assert len(paths) == 2
+
+
+@dataclass(kw_only=True)
+class Untrained(Redness):
+    trains: ClassVar[bool] = False
+
+
+def test_a_training_set_that_is_not_looked_at_does_not_decide(tmp_path):
+    data, session = dataset(), Session(quiet=True)
+    without = dataclasses.replace(data, train=data.train.subset(range(5)))
+    assert evaluate(Untrained(), pixels(), data, tmp_path, session) == evaluate(
+        Untrained(), pixels(), without, tmp_path, session
+    )
+    assert len(Redness.calls) == 1
+
+
+def test_what_another_evaluation_saw_is_not_told_again(tmp_path):
+    """The second protocol looks at none of the training images."""
+    session = Session(quiet=True)
+    evaluate(Redness(), pixels(), dataset(), tmp_path, session)
+
+    @dataclass(kw_only=True)
+    class Blind(Redness):
+        name: ClassVar[str] = "blind"
+
+        def run(self, encoder, data, session):
+            return Redness().run(encoder, dataclasses.replace(data, train=data.test), session)
+
+    result = json.loads(evaluate(Blind(), pixels(), dataset(), tmp_path, session).read_text())
+    assert "duplicates" not in result["data"]["train"]
+
+
+@pytest.mark.parametrize("count", [0, -5])
+def test_fewer_images_than_one_are_refused(count):
+    with pytest.raises(ValueError, match=f"{count} images: expected 1 or more"):
+        shortened(dataset(), None, count)
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:7", "meta:x"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(ValueError, match=device), launched_session(device):
+        pass

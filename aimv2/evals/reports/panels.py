@@ -15,6 +15,8 @@ MOST_LABEL = 32  # characters of a name
 BAR = 0.24  # inches
 CHANCE = {"color": "0.25", "linestyle": (0, (5, 3)), "linewidth": 1}
 FLOOR = {"color": "0.25", "linestyle": (0, (1, 1.6)), "linewidth": 1.4}
+RING = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "linestyle": "none"}  # of what was chosen
+LEVELS = {"chance": CHANCE, "raw pixels": FLOOR}
 GREY = "0.55"  # of raw pixels
 COLOURS = ("#1f6fb4", "#e07b1f", "#2f9e44", "#c92a4b", "#7b4fb0", "#8c6239", "#d657a5", "#17a2b0", "#9aa21b", "#4a5568")
 SERIES = {  # of streams of layers: marker, line, and what it is
@@ -52,12 +54,23 @@ def sort_panels(results: Sequence[Result], table: Table) -> Panels:
     return {title: sorted(panels[title], key=lambda line: line.row) for title in sorted(panels)}
 
 
-def draw_levels(line_at: Callable, lines: Sequence[Line]) -> None:
-    column = lines[0].column
-    if column.chance is not None:
-        line_at(100 * column.chance, **CHANCE)
-    if column.floor is not None:
-        line_at(100 * column.floor.value, **FLOOR)
+def having(panels: Panels, found: Callable) -> Panels:
+    """The results, and the panels, for which `found(result)` is not empty."""
+    kept = {title: [line for line in lines if found(line.result)] for title, lines in panels.items()}
+    return {title: lines for title, lines in kept.items() if lines}
+
+
+def draw_levels(line_at: Callable, lines: Sequence[Line], levels: Sequence[str] = tuple(LEVELS)) -> None:
+    for level in levels:
+        value = _level(lines[0].column, level)
+        if value is not None:
+            line_at(100 * value, **LEVELS[level])
+
+
+def _level(column: Column, level: str) -> float | None:
+    if level == "chance":
+        return column.chance
+    return None if column.floor is None else column.floor.value
 
 
 def grid(
@@ -65,14 +78,14 @@ def grid(
     draw: Callable,
     bars: Callable[[list[Line]], int] | None = None,
     encoders: bool = True,
-    levels: bool = True,
+    levels: Sequence[str] = tuple(LEVELS),
     series: Sequence[str] = (),
 ):
     """A figure with a panel for each title, `draw(axes, lines, room)`; None if there is none.
 
     Args:
         bars: how many bars a panel has; `room` is the most in its row of panels, which is as high as they need.
-        encoders, levels, series: what the legend explains.
+        encoders, levels, series: what the legend explains, of levels those that some panel has.
     """
     from matplotlib.figure import Figure
 
@@ -83,6 +96,8 @@ def grid(
     rows = [shown[start : start + across] for start in range(0, len(shown), across)]
     rooms = [max(bars(lines) for _, lines in row) if bars else 0 for row in rows]
     heights = [0.95 + BAR * room if bars else 3.2 for room in rooms]
+    columns = [lines[0].column for _, lines in shown]
+    levels = [level for level in levels if any(_level(column, level) is not None for column in columns)]
     handles = _handles(panels if encoders else {}, levels, series)
     legend_rows = -(-len(handles) // across)
     size = (4.6 * across + 0.3, sum(heights) + 0.22 * legend_rows + 0.2)
@@ -104,7 +119,7 @@ def grid(
     return figure
 
 
-def _handles(panels: Panels, levels: bool, series: Sequence[str]) -> list:
+def _handles(panels: Panels, levels: Sequence[str], series: Sequence[str]) -> list:
     from matplotlib.lines import Line2D
 
     encoders = dict(
@@ -113,8 +128,7 @@ def _handles(panels: Panels, levels: bool, series: Sequence[str]) -> list:
     handles = [
         Line2D([], [], color=colour, marker="o", markersize=4, label=label) for (_, label), colour in encoders.items()
     ]
-    if levels:
-        handles += [Line2D([], [], label="chance", **CHANCE), Line2D([], [], label="raw pixels", **FLOOR)]
+    handles += [Line2D([], [], label=level, **LEVELS[level]) for level in levels]
     for marker, style, words in (SERIES[kind] for kind in series):
         handles.append(Line2D([], [], color="0.3", marker=marker, linestyle=style, markersize=4, label=words))
     if series:

@@ -1,16 +1,16 @@
-"""The pictures of a report: encoders side by side, accuracy per layer, sweeps, classes."""
+"""The pictures of a report: encoders side by side, accuracy per layer, sweeps, shots, classes."""
 
-import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from aimv2.evals.curves import save
 from aimv2.evals.reports.files import Result
-from aimv2.evals.reports.panels import SERIES, Line, Panels, draw_levels, grid, short, sort_panels
+from aimv2.evals.reports.panels import RING, SERIES, Line, Panels, draw_levels, grid, having, short, sort_panels
+from aimv2.evals.reports.sweeps import draw_sweep
 from aimv2.evals.reports.table import Table
 from aimv2.evals.results import Metric
 
@@ -22,18 +22,23 @@ PICTURES = {  # file -> title and what is to be seen
     "layers.png": (
         "Per layer",
         "Dots are single blocks, triangles means of several, placed at their middle, diamonds the encoder's output. "
-        "The grey line stands at two thirds of the depth, where AIM found its features to peak.",
+        "A ring marks the layer that is quoted. The grey line stands at two thirds of the depth, where AIM found its "
+        "features to peak.",
     ),
-    "sweep.png": ("Sweeps", "Accuracy on what the choice was made on. A ring marks the choice."),
+    "sweep.png": (
+        "Sweeps",
+        "What the choice was made on, of the layer that was chosen. A ring marks the choice.",
+    ),
+    "shots.png": ("Few shots", "Means over draws of images; whiskers are one standard error. All: the whole set."),
     "per_class.png": (
         "Per class",
-        "Bars are the best encoder, dots the others. Of many classes the best and the worst are shown.",
+        "Bars are the table's first encoder, dots are all. Of many classes the best and the worst are shown.",
     ),
 }
 MOST_CLASSES = 20
-SWEPT = {"lr": "learning rate", "C": "C, the inverse of the penalty", "k": "k"}  # and what the axis is called
 OUTPUT = 1.1  # of the depth: where the output is drawn, behind the last block
 
+_SHOTS = re.compile(r"(.+)_(\d+)_shot")
 _BLOCK, _MEAN = re.compile(r"block_(\d+)"), re.compile(r"blocks_(\d+)-(\d+)")
 
 
@@ -44,8 +49,8 @@ def draw_pictures(results: Sequence[Result], table: Table, folder: Path) -> list
     except ImportError as error:
         raise ImportError('pictures are drawn by matplotlib: pip install "aimv2[eval]"') from error
     panels = sort_panels(results, table)
-    draw = {"encoders.png": _draw_encoders, "layers.png": _draw_layers, "sweep.png": _draw_sweep}
-    draw |= {"per_class.png": _draw_classes}
+    draw = {"encoders.png": _draw_encoders, "layers.png": _draw_layers, "sweep.png": draw_sweep}
+    draw |= {"shots.png": _draw_shots, "per_class.png": _draw_classes}
     paths = []
     style = {"text.parse_math": False, "font.size": 9, "axes.titlesize": 10}  # a name may hold a $
     with rc_context(style), warnings.catch_warnings():
@@ -89,7 +94,8 @@ def _draw_encoders(panels: Panels):
             error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "0.2"},
         )
         for place, metric in zip(places, metrics, strict=True):
-            axes.text(100 * (metric.value + metric.stderr) + 1, place, f"{100 * metric.value:.1f}", va="center", size=8)
+            x, box = 100 * (metric.value + metric.stderr) + 1.5, {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            axes.text(x, place, f"{100 * metric.value:.1f}", va="center", size=8, bbox=box)  # over the lines of levels
         axes.set_yticks(places, [line.label for line in lines])
         axes.set_ylim(room - 0.4, -0.6)
         axes.set_xlim(0, 112)
@@ -102,8 +108,7 @@ def _draw_encoders(panels: Panels):
 
 
 def _draw_layers(panels: Panels):
-    swept = {title: [line for line in lines if _series(line.result)] for title, lines in panels.items()}
-    swept = {title: lines for title, lines in swept.items() if lines}
+    swept = having(panels, _series)
     kinds = {kind for lines in swept.values() for line in lines for kind in _series(line.result)}
 
     def draw(axes, lines: list[Line], _) -> None:
@@ -116,6 +121,8 @@ def _draw_layers(panels: Panels):
                 x = x * scale / line.result.encoder["depth"]
                 fmt = {"marker": marker, "markersize": 4, "linestyle": style, "linewidth": 1.3, "elinewidth": 1}
                 axes.errorbar(x, 100 * y, 100 * error, color=line.colour, **fmt)
+            if (quoted := quoted_layer(line.result)) is not None:
+                axes.plot(quoted[0] * scale / line.result.encoder["depth"], 100 * quoted[1], color=line.colour, **RING)
         axes.axvline(scale * 2 / 3, color="0.6", linewidth=5, alpha=0.3, zorder=0)
         draw_levels(axes.axhline, lines)
         step = -(-scale // 8)
@@ -123,7 +130,7 @@ def _draw_layers(panels: Panels):
         axes.set_xticks([*ticks, OUTPUT * scale], [*(f"{tick:g}" for tick in ticks), "output"])
         axes.get_xticklabels()[-1].set_horizontalalignment("left")
         axes.set_xlim(0.5 if scale > 1 else 0, 1.17 * scale)
-        axes.set_xlabel("blocks" if scale > 1 else "share of the blocks")
+        axes.set_xlabel("blocks run through" if scale > 1 else "share of the blocks run through")
         axes.set_ylabel("%")
         axes.set_ylim(bottom=0)
 
@@ -142,89 +149,87 @@ def _series(result: Result) -> dict[str, list[tuple[float, float, float]]]:
     return {kind: sorted(points) for kind, points in series.items()}
 
 
-def _draw_sweep(panels: Panels):
-    from matplotlib.ticker import LogLocator, NullFormatter
+def quoted_layer(result: Result) -> tuple[float, float] | None:
+    """(blocks run through, value) of the layer that was chosen; None where that is none of the plot's."""
+    stream = (result.details.get("selection") or {}).get("stream")
+    metric = layer_metrics(result).get(stream)
+    place = None if metric is None else layer_place(stream, result.encoder.get("depth", 1))
+    return None if place is None else (place[1], metric.value)
 
-    swept = {title: [line for line in lines if sweep_lines(line.result)] for title, lines in panels.items()}
-    swept = {title: lines for title, lines in swept.items() if lines}
+
+def _draw_shots(panels: Panels):
+    shown = having(panels, lambda result: shots(result)[1])
 
     def draw(axes, lines: list[Line], _) -> None:
-        styles = ("-", "--", ":", "-.")
-        decays = sorted({decay for line in lines for decay in sweep_lines(line.result)}, key=lambda d: (d is None, d))
+        counts = sorted({count for line in lines for count, _ in shots(line.result)[1]})
+        end = counts[-1] * (counts[-1] / counts[-2] if len(counts) > 1 else 2)
         for line in lines:
-            points = sweep_lines(line.result)
-            for decay, values in points.items():
-                x, y = zip(*values, strict=True)
-                style = styles[decays.index(decay) % len(styles)]
-                axes.plot(x, [100 * v for v in y], style, marker=".", color=line.colour, linewidth=1.2)
-            best = max((v for values in points.values() for v in values), key=lambda point: point[1])
-            axes.plot(best[0], 100 * best[1], "o", markersize=9, markerfacecolor="none", color=line.colour)
-        for decay in decays if decays != [None] else ():
-            axes.plot([], [], styles[decays.index(decay) % len(styles)], color="0.3", label=f"weight decay {decay:g}")
+            whole, few = shots(line.result)
+            style = {"color": line.colour, "markersize": 4, "elinewidth": 1}
+            x, metrics = zip(*few, strict=True)
+            y, error = ([100 * value for value in values] for values in zip(*map(_bar, metrics), strict=True))
+            axes.errorbar(x, y, error, fmt="o-", linewidth=1.3, **style)
+            axes.errorbar(end, *(100 * value for value in _bar(whole)), fmt="D", **style)
+        draw_levels(axes.axhline, lines, ("chance",))
         axes.set_xscale("log")
-        low, high = axes.get_xlim()
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel(SWEPT[_swept(lines[0].result)])
+        axes.set_xticks([*counts, end], [*map(str, counts), "all"])
+        axes.minorticks_off()
+        axes.set_xlabel("training images of each class")
         axes.set_ylabel("%")
-        if decays != [None]:
-            axes.legend(fontsize=8, frameon=False)
+        axes.set_ylim(bottom=0)
 
-    return grid(swept, draw, levels=False)
-
-
-def sweep_lines(result: Result) -> dict[float | None, list[tuple[float, float]]]:
-    """Weight decay -> (learning rate, C or k; value the choice was made on), rising; of other settings the best."""
-    name = _swept(result)
-    highest: dict[float | None, dict[float, float]] = {}
-    for entry in result.details.get("sweep") or ():
-        rate, decay, value = entry.get(name), entry.get("weight_decay"), entry.get("held_out", entry.get("top1"))
-        if rate is not None and value is not None and math.isfinite(value):
-            values = highest.setdefault(decay, {})
-            values[rate] = max(value, values.get(rate, 0.0))
-    return {decay: sorted(values.items()) for decay, values in highest.items()}
+    return grid(shown, draw, levels=("chance",))
 
 
-def _swept(result: Result) -> str | None:
-    """Which of SWEPT the sweep is over."""
-    first = next(iter(result.details.get("sweep") or [{}]))
-    return next((name for name in SWEPT if name in first), None)
+def shots(result: Result) -> tuple[Metric, list[tuple[int, Metric]]]:
+    """(with all training images, [(images of each class, with so many)]), rising."""
+    matches = ((_SHOTS.fullmatch(name), metric) for name, metric in result.metrics.items())
+    few = [(int(match[2]), metric) for match, metric in matches if match and match[1] == result.headline]
+    return result.metrics[result.headline], sorted(few, key=lambda pair: pair[0])
+
+
+def _bar(metric: Metric) -> tuple[float, float]:
+    return metric.value, metric.stderr
 
 
 def _draw_classes(panels: Panels):
-    known = {title: [line for line in lines if line.result.details.get("per_class")] for title, lines in panels.items()}
-    known = {title: lines for title, lines in known.items() if lines}
+    known = having(panels, class_values)
 
     def classes(lines: list[Line]) -> int:
-        return min(MOST_CLASSES, len(lines[0].result.details["per_class"]))
+        return min(MOST_CLASSES, len(class_values(lines[0].result)))
 
     def draw(axes, lines: list[Line], room: int) -> None:
-        tables = [line.result.details["per_class"] for line in lines]
-        names = [name for name, entry in tables[0].items() if entry["n"]]
-        names.sort(key=lambda name: -tables[0][name]["value"])
+        tables = [class_values(line.result) for line in lines]
+        names = sorted(tables[0], key=lambda name: -tables[0][name][0])
         if len(names) > MOST_CLASSES:
             names = names[: MOST_CLASSES // 2] + names[-MOST_CLASSES // 2 :]
-        places = np.arange(len(names))
-        values = np.array([tables[0][name]["value"] for name in names])
-        errors = np.sqrt(values * (1 - values) / np.array([tables[0][name]["n"] for name in names]))
-        axes.barh(
-            places,
-            100 * values,
-            0.7,
-            xerr=100 * errors,
-            color=lines[0].colour,
-            alpha=0.45,
-            error_kw={"elinewidth": 1, "ecolor": "0.4"},
-        )
-        for line, table in zip(lines, tables, strict=True):
-            found = [(table[name]["value"], place) for name, place in zip(names, places, strict=True) if name in table]
-            x, y = zip(*((100 * value, place) for value, place in found if value is not None), strict=True)
-            axes.plot(x, y, "o", color=line.colour, markersize=4)
-        axes.set_yticks(places, [short(name) for name in names])
+        values, errors = ([100 * tables[0][name][part] for name in names] for part in (0, 1))
+        style = {"color": lines[0].colour, "alpha": 0.45, "error_kw": {"elinewidth": 1, "ecolor": "0.4"}}
+        axes.barh(range(len(names)), values, 0.7, xerr=errors, **style)
+        for line, table in reversed(list(zip(lines, tables, strict=True))):  # the bars' own dots on top
+            points = [(100 * table[name][0], place) for place, name in enumerate(names) if name in table]
+            axes.plot(
+                [x for x, _ in points], [y for _, y in points], "o", color=line.colour, markersize=4, clip_on=False
+            )
+        axes.set_yticks(range(len(names)), [short(name) for name in names])
         axes.set_ylim(room - 0.4, -0.6)
         axes.set_xlim(0, 101)
-        axes.set_xlabel("%")
+        axes.set_xlabel("IoU, %" if lines[0].result.headline.startswith("miou") else "%")
         draw_levels(axes.axvline, lines)
 
     return grid(known, draw, bars=classes)
+
+
+def class_values(result: Result) -> dict[str, tuple[float, float]]:
+    """Class -> (value, its standard error), of classes with test samples.
+
+    Of patches it is the IoU, without a standard error: those of one image are not independent.
+    """
+    found = {}
+    for name, entry in (result.details.get("per_class") or {}).items():
+        value, n = entry["value"], entry["n"]
+        if n and "iou" in entry:
+            found[name] = (entry["iou"], 0.0)
+        elif n:
+            found[name] = (value, (value * (1 - value) / n) ** 0.5)
+    return found
