@@ -15,8 +15,8 @@ from functools import partial
 
 from arguments import add_features, add_select_on, main, parser
 
-from aimv2.evals.attentive_probe import AttentiveProbe
 from aimv2.evals.encoders import open_encoder
+from aimv2.evals.probes.attentive_probe import AttentiveProbe
 
 if __name__ == "__main__":
     made = parser(__doc__)

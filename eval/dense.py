@@ -7,21 +7,22 @@ The probe is for data with masks or boxes; others get pictures only. Beside its 
 encoders, STEM.heads.png: what the patch in the box looks at, in the block --block.
 """
 
-import logging
-import re
 import sys
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
-from arguments import add_features, open_in_turn, parser, show
+from arguments import add_features, for_each, parser, report, show
 
-from aimv2.config import override
 from aimv2.evals.datasets import Dataset
 from aimv2.evals.dense.patch_probe import PatchProbe
 from aimv2.evals.dense.pictures import dense_samples, draw_dense, draw_heads
 from aimv2.evals.encoders import Encoder, open_encoder
 from aimv2.evals.reports.files import read_result
-from aimv2.evals.run import evaluate
-from aimv2.evals.session import Session, launched_session
+from aimv2.evals.run import evaluate, stem_of
+from aimv2.evals.session import Session
+
+FIRST_HASH = 8  # characters of a digest in a file's name
 
 
 def main() -> int:
@@ -30,35 +31,24 @@ def main() -> int:
     made.add_argument("--block", type=int, default=-1, help="whose attention is drawn (default: -1, the last)")
     made.add_argument("--pictures", type=int, default=6, metavar="N", help="images drawn (default: 6)")
     arguments = made.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if arguments.layers is not None:
-        arguments.settings.append(f"layers={arguments.layers}")
-    where = {"folder": arguments.out / "work", "batch_size": arguments.batch_size, "workers": arguments.workers}
-    try:
-        probe = override(PatchProbe(), arguments.settings)
-        with launched_session(arguments.device, **where) as session:
-            for spec in arguments.data:
-                data = open_in_turn(spec, arguments, session)
-                for encoder_spec in arguments.encoder:
-                    encoder = open_encoder(encoder_spec, image_size=arguments.image_size, device=session.device)
-                    _evaluate(probe, encoder, data, arguments, session)
-    except (ValueError, OSError, ImportError) as error:
-        sys.stderr.write(f"error: {error}\n")
+    if arguments.pictures < 0:
+        report(f"--pictures {arguments.pictures}: expected 0 or more")
         return 1
-    return 0
+    opened = partial(open_encoder, image_size=arguments.image_size)
+    return for_each(arguments, PatchProbe(), opened, partial(_evaluate, arguments=arguments))
 
 
-def _evaluate(probe: PatchProbe, encoder: Encoder, data: Dataset, arguments, session: Session) -> None:
+def _evaluate(encoder: Encoder, data: Dataset, probe: PatchProbe, session: Session, *, arguments: Namespace) -> None:
     labelled = data.train is not None and (data.test.has_masks or data.test.has_boxes)
-    stem = "-".join(re.sub(r"[^\w.@]+", "_", text).strip("_")[-60:] for text in ("dense", data.spec, encoder.spec))
-    path, result = arguments.out / f"{stem}.json", None
     if labelled:
         path = evaluate(probe, encoder, data, arguments.out, session)
         show(path, session)
-    if session.rank > 0:
+    else:
+        seen_as = encoder.describe()["preprocessing_hash"][:FIRST_HASH]  # pictures of another size are other pictures
+        path = arguments.out / f"{stem_of('dense', data.spec, encoder.spec)}-{seen_as}.json"
+    if session.rank > 0 or not arguments.pictures:
         return
-    if labelled:
-        result = read_result(path)
+    result = read_result(path) if labelled else None
     samples = dense_samples(
         encoder,
         data.test,

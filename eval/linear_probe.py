@@ -13,7 +13,7 @@ from arguments import add_features, add_select_on, main, parser
 
 from aimv2.evals.encoders import open_encoder
 from aimv2.evals.few_shot import FewShot
-from aimv2.evals.linear_probe import LinearProbe
+from aimv2.evals.probes.linear_probe import LinearProbe
 
 if __name__ == "__main__":
     made = parser(__doc__)

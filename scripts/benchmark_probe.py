@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from aimv2.encoder import VisionEncoder, vision_config
-from aimv2.evals.attentive_probe import AttentiveProbe
-from aimv2.evals.attentive_sweep import AttentiveSweep
 from aimv2.evals.knn import Rows, nearest
+from aimv2.evals.probes.attentive_probe import AttentiveProbe
+from aimv2.evals.probes.attentive_sweep import AttentiveSweep
 from aimv2.evals.session import Session
 
 PEERS = ("sklearn",)

@@ -34,7 +34,7 @@ def test_every_path_of_the_tree_exists():
     assert not missing
 
 
-@pytest.mark.parametrize("folder", ["aimv2", "scripts", "configs"])
+@pytest.mark.parametrize("folder", ["aimv2", "scripts", "configs", "eval"])
 def test_the_tree_has_every_module(folder):
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*.py") if p.name != "__init__.py"}
     assert modules <= set(tree_paths()), modules - set(tree_paths())
@@ -47,7 +47,7 @@ def test_commands_name_files_that_exist():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", sorted({s for line in SHELL for s in re.findall(r"scripts/\w+\.py", line)}))
+@pytest.mark.parametrize("script", sorted({s for line in SHELL for s in re.findall(r"(?:scripts|eval)/\w+\.py", line)}))
 def test_every_script_of_the_readme_has_help(script):
     result = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr

@@ -5,8 +5,10 @@ B images of a pass, S side of the prepared image, n images of a split.
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Protocol
 
 import numpy as np
@@ -50,17 +52,18 @@ class _Prepared(MapDataset):
 
 
 class _Augmented(MapDataset):
-    """(row, pixels) by row; what a transform draws depends on the key and the row alone."""
+    """(row, pixels) by (epoch, row); what a transform draws depends on these and the seed alone."""
 
-    def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Tensor], key: tuple[int, ...]):
-        self.images, self.transform, self.key = images, transform, key
+    def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Tensor], seed: int):
+        self.images, self.transform, self.seed = images, transform, seed
 
-    def __getitem__(self, row: int) -> tuple[int, Tensor | None]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor | None]:
+        epoch, row = key
         try:
             image = self.images.image(row)
         except BadImage:
             return row, None
-        with keyed_randomness(*self.key, row):
+        with keyed_randomness(self.seed, epoch, row):
             return row, self.transform(image)
 
 
@@ -133,30 +136,41 @@ def online(
     images: ImageSet,
     view: View,
     session: Session,
-    batches: Sequence[np.ndarray],
+    batches: Iterable[tuple[int, np.ndarray]],
     transform: Callable[[Image.Image], Tensor],
     seed: int,
-    epoch: int,
 ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
     """Views of augmented images, for features that can't be kept: (rows, features) for each of `batches`.
 
-    A batch holds the rows of all ranks; this one gets `batch[rank::world_size]`, without the images that can't be read,
-    which may be none. What the transform draws depends on (seed, epoch, row): neither on ranks nor on workers.
+    A batch is an epoch and the rows of all ranks; this one gets `rows[rank::world_size]`, without the images that can't
+    be read, which may be none. What the transform draws depends on (seed, epoch, row): neither on ranks nor on workers.
+    No two streams share memory. The processes that decode start once, for all epochs, and are handed no more than
+    `session.batch_size` images at a time.
     """
-    shares = [batch[session.rank :: session.world_size].tolist() for batch in batches]
-    names = feature_shapes(encoder, view, session)
-    loader = _loader(_Augmented(images, transform, (seed, epoch)), shares, _without_missing, session)
-    for items in loader:
-        if not items:
-            empty = {name: torch.zeros(0, *shape, device=session.device) for name, shape in names.items()}
-            yield np.zeros(0, np.int64), empty
-            continue
-        rows, pixels = zip(*items, strict=True)
-        parts = [_view(encoder, view, part, session) for part in torch.stack(pixels).split(session.batch_size)]
-        yield np.array(rows), {name: torch.cat([part[name] for part in parts]) for name in names}
+    shapes, size = feature_shapes(encoder, view, session), session.batch_size
+    lengths: deque[int] = deque()  # in parts, of the batches that the loader has begun
+
+    def parts() -> Iterator[list[tuple[int, int]]]:
+        for epoch, batch in batches:
+            share = [(epoch, row) for row in batch[session.rank :: session.world_size].tolist()]
+            cut = [share[start : start + size] for start in range(0, len(share), size)] or [[]]
+            lengths.append(len(cut))
+            yield from cut
+
+    loaded = iter(_loader(_Augmented(images, transform, seed), parts(), _without_missing, session))
+    for first in loaded:
+        rows: list[int] = []
+        features = {name: [torch.zeros(0, *shape, device=session.device)] for name, shape in shapes.items()}
+        for part in chain([first], islice(loaded, lengths.popleft() - 1)):
+            if part:
+                numbers, pixels = zip(*part, strict=True)
+                rows += numbers
+                for name, value in _view(encoder, view, torch.stack(pixels), session).items():
+                    features[name].append(value)
+        yield np.array(rows, np.int64), {name: torch.cat(values) for name, values in features.items()}
 
 
-def _loader(images: MapDataset, batches: list[list[int]], collate: Callable, session: Session) -> DataLoader:
+def _loader(images: MapDataset, batches: Iterable[list], collate: Callable, session: Session) -> DataLoader:
     """With a generator of its own: an epoch draws a number, which must not come from that of a run in progress."""
     return DataLoader(
         images,

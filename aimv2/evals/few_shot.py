@@ -2,23 +2,32 @@
 
 n test images, D length of a feature, C classes; the regression's own C, the inverse of its penalty, is the "strength".
 Source: DINOv2 (arXiv 2304.07193) and its official code: L-BFGS, 45 strengths from 1e-6 to 1e5, the best on a held-out
-tenth of the training set, then a fit on all of it. There cuML fits, here scikit-learn, with its own tolerance.
+tenth of the training set, then a fit on all of it. There cuML fits, here scikit-learn, with DINOv2's tolerance: at
+scikit-learn's own of 1e-4 where a fit ends depends on the scale of the features.
 """
 
 import warnings
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 
+from aimv2.evals.checks import all_positive, require, require_classes, require_split
 from aimv2.evals.datasets import Dataset, held_out
 from aimv2.evals.encoders import Encoder
 from aimv2.evals.encoders.packages import optional
-from aimv2.evals.extraction import extract
-from aimv2.evals.knn import PooledStreams
+from aimv2.evals.extraction import extract, feature_shapes
+from aimv2.evals.feature_store import fingerprint
+from aimv2.evals.pooled_streams import PooledStreams
 from aimv2.evals.results import Metric, Outcome, classification_metrics, classification_samples, per_class, share
 from aimv2.evals.session import Session
+from aimv2.whole_files import whole_file
+
+Samples = Callable[[], tuple[np.ndarray, np.ndarray]]  # features (m, D) in float64 and labels (m,)
 
 STRENGTHS = tuple((10 ** np.linspace(-6, 5, 45)).tolist())
 
@@ -39,28 +48,31 @@ class FewShot:
     held_out: float = 0.1  # of the training set, to choose the strength on
     strengths: tuple[float, ...] = STRENGTHS
     steps: int = 1000  # of L-BFGS, at most
+    tolerance: float = 1e-12  # of the gradient
     seed: int = 0
 
     def __post_init__(self):
-        if self.draws < 1 or self.steps < 1 or any(shots < 1 for shots in self.shots):
-            raise ValueError(f"draws {self.draws}, steps {self.steps}, shots {self.shots}: expected 1 or more")
-        if not self.strengths or min(self.strengths) <= 0:
-            raise ValueError(f"strengths {self.strengths}: expected positive numbers")
+        require(self.draws >= 1, "1 or more", draws=self.draws)
+        require(self.steps >= 1, "1 or more", steps=self.steps)
+        different = len(set(self.shots)) == len(self.shots) and all(shots >= 1 for shots in self.shots)
+        require(different, "different numbers, 1 or more", shots=self.shots)
+        require(all_positive(self.strengths), "positive numbers", strengths=self.strengths)
+        require(all_positive([self.tolerance]), "a positive number", tolerance=self.tolerance)
+        require_split(self.held_out, self.seed)
 
     def run(self, encoder: Encoder, data: Dataset, session: Session) -> Outcome:
         """Images of the test set that can't be read are wrong; of the training set, left out. Ranks share the fits.
 
         Raises:
-            ValueError: no training set, one of a single class or without images to hold out, several streams, or no
-                scikit-learn.
+            ValueError: no classes, no training set, one of a single class or without images to hold out, several
+                streams, or no scikit-learn.
         """
-        if data.train is None or data.train.labels is None:
-            raise ValueError(f"{data.spec} has no training set with classes: logistic regression needs one")
+        require_classes(data, "logistic regression")
         view = PooledStreams(self.layers)
+        streams = list(feature_shapes(encoder, view, session))
+        if len(streams) > 1:
+            raise ValueError(f"layers {self.layers!r} are {len(streams)} streams: expected one")
         train, test = (extract(encoder, images, view, session) for images in (data.train, data.test))
-        if len(train.arrays) > 1:
-            raise ValueError(f"layers {self.layers!r} are {len(train.arrays)} streams: expected one")
-        (stream,) = train.arrays
         labels, rows = data.train.labels, np.flatnonzero(train.readable)
         fitting, held = (rows[part] for part in held_out(labels[rows], self.held_out, self.seed))
         if not len(held) or len(np.unique(labels[fitting])) < 2:
@@ -70,8 +82,26 @@ class FewShot:
             for draw in range(self.draws):
                 drawn = draw_shots(fitting, labels, shots, np.random.default_rng((self.seed, shots, draw)))
                 jobs.append(Job(shots, draw, drawn, drawn))
-        fit = _Fit(self, train.arrays[stream], labels, held, test.arrays[stream], test.readable, len(data.classes))
-        return self._outcome(fit.all(jobs, session), data, len(held))
+        fits = _Fits(
+            settings=self,
+            features=train.arrays[streams[0]],
+            labels=labels,
+            held=held,
+            test=test.arrays[streams[0]],
+            readable=test.readable,
+            classes=len(data.classes),
+            session=session,
+            folder=self._folder(encoder, data, session),
+        )
+        return self._outcome(fits.all(jobs), data, len(held))
+
+    def _folder(self, encoder: Encoder, data: Dataset, session: Session) -> Path | None:
+        """Where the fits are kept, with all that decides them in its name."""
+        if session.folder is None:
+            return None
+        splits = {"train": data.train.identity, "test": data.test.identity}
+        key = fingerprint({"protocol": self.name, **asdict(self), "encoder": encoder.describe(), **splits})
+        return session.folder / "few_shot" / key
 
     def _outcome(self, fitted: "Fitted", data: Dataset, held: int) -> Outcome:
         labels, chance = data.test.labels, 1 / len(data.classes)
@@ -85,12 +115,12 @@ class FewShot:
                 "shots": job.shots or "all",
                 "draw": job.draw,
                 "images": len(job.rows),
-                "C": self.strengths[int(best)],
-                "held_out": accuracy,
-                "unconverged": int(late),
+                "C": self.strengths[best],
+                "held_out": float(fitted.accuracies[number, best]),
+                "unconverged": int(fitted.unconverged[number].sum()),
                 **asdict(metric),
             }
-            for job, metric, (best, accuracy, late) in zip(fitted.jobs, top1, fitted.facts.tolist(), strict=True)
+            for number, (job, metric, best) in enumerate(zip(fitted.jobs, top1, fitted.best.tolist(), strict=True))
         ]
         chosen = {key: sweep[0][key] for key in ("C", "held_out")}
         details = {
@@ -127,13 +157,16 @@ class Job:
 class Fitted:
     """What came of the jobs, on every rank. scores: (n, C) of the first. predictions: (jobs, n), -1: not readable.
 
-    facts: (jobs, 3): which strength, its accuracy on what was held out, and how many fits did not converge.
+    accuracies: (jobs, strengths) on what was held out. best: (jobs,) the strength chosen. unconverged: (jobs,
+    strengths + 1) bool, the fits with each strength, then the one whose scores these are.
     """
 
     jobs: list[Job]
     scores: np.ndarray
     predictions: np.ndarray
-    facts: np.ndarray
+    accuracies: np.ndarray
+    best: np.ndarray
+    unconverged: np.ndarray
 
 
 def draw_shots(rows: np.ndarray, labels: np.ndarray, shots: int, rng: np.random.Generator) -> np.ndarray:
@@ -147,7 +180,8 @@ def draw_shots(rows: np.ndarray, labels: np.ndarray, shots: int, rng: np.random.
 def over_draws(draws: list[Metric]) -> Metric:
     """The mean over draws, which share their n test samples: sqrt(variance over draws / draws + mean of p (1 - p) / n).
 
-    With one draw nothing is known of other draws: it is the second part alone.
+    With one draw nothing is known of other draws: it is the second part alone. Where draws err on different samples, it
+    is somewhat too large, since the mean over draws varies less with the samples than each does.
     """
     values = [metric.value for metric in draws]
     of_draws = np.var(values, ddof=1) / len(values) if len(values) > 1 else 0.0
@@ -156,28 +190,32 @@ def over_draws(draws: list[Metric]) -> Metric:
 
 
 def logistic_scores(
-    features: np.ndarray, labels: np.ndarray, test: np.ndarray, strength: float, classes: int, steps: int
+    features: np.ndarray,
+    labels: np.ndarray,
+    test: np.ndarray,
+    strength: float,
+    classes: int,
+    steps: int,
+    tolerance: float,
 ) -> tuple[np.ndarray, bool]:
-    """A fit's log-probabilities (n, C) of `test` (n, D), -inf for a class without training images, and whether it ended
-    without converging.
+    """A fit's log-probabilities (n, C) of `test` (n, D), -inf for a class without training images, and whether it
+    converged before its last step.
     """
     linear_model, exceptions = optional("sklearn.linear_model"), optional("sklearn.exceptions")
-    regression = linear_model.LogisticRegression(C=strength, max_iter=steps, solver="lbfgs")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    regression = linear_model.LogisticRegression(C=strength, max_iter=steps, tol=tolerance, solver="lbfgs")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", exceptions.ConvergenceWarning)  # said too of a loss as exact as float64 is
         regression.fit(features, labels)
-    late = [warning for warning in caught if issubclass(warning.category, exceptions.ConvergenceWarning)]
-    for warning in caught:
-        if warning not in late:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     scores = np.full((len(test), classes), -np.inf)
     if len(test):
         scores[:, regression.classes_] = regression.predict_log_proba(test)
-    return scores, bool(late)
+    return scores, bool(regression.n_iter_.max() < steps)
 
 
-@dataclass(slots=True)
-class _Fit:
+@dataclass(slots=True, kw_only=True)
+class _Fits:
+    """The fits of all jobs, which ranks take in turn and keep in the folder; what is there is not done again."""
+
     settings: FewShot
     features: np.ndarray
     labels: np.ndarray
@@ -185,41 +223,69 @@ class _Fit:
     test: np.ndarray
     readable: np.ndarray
     classes: int
-    queries: np.ndarray = field(init=False)
+    session: Session
+    folder: Path | None
 
-    def __post_init__(self):
-        self.queries = np.flatnonzero(self.readable)
-        self.test = self.test[self.queries].astype(np.float64)
-
-    def all(self, jobs: list[Job], session: Session) -> Fitted:
-        """Every rank does every world-th job and gets what came of all."""
-        scores = torch.zeros(len(self.readable), self.classes, dtype=torch.float64)
-        predictions = torch.zeros(len(jobs), len(self.readable), dtype=torch.int64)
-        facts = torch.zeros(len(jobs), 3, dtype=torch.float64)
-        own = range(session.rank, len(jobs), session.world_size)
-        with session.progress(len(own), "regression", "few-shot") as bar:
-            for number in own:
-                found, facts[number] = self.one(jobs[number])
-                predictions[number] = -1
-                predictions[number, self.queries] = torch.from_numpy(found.argmax(axis=1))
+    def all(self, jobs: list[Job]) -> Fitted:
+        rank, world_size, n = self.session.rank, self.session.world_size, len(self.readable)
+        strengths = len(self.settings.strengths)
+        accuracies = torch.zeros(len(jobs), strengths, dtype=torch.float64)
+        unconverged = torch.zeros(len(jobs), strengths + 1, dtype=torch.int32)
+        scores = torch.zeros(n, self.classes, dtype=torch.float64)
+        predictions = torch.zeros(len(jobs), n, dtype=torch.int64)
+        held = cache(partial(self._of, self.held))
+        with self.session.progress(len(jobs) * (strengths + 1), "fit", "few-shot") as bar:
+            for number, job in enumerate(jobs):
+                fitting = cache(partial(self._of, job.search_rows))  # in float64 once, and only if need be
+                for place in range((rank - number * strengths) % world_size, strengths, world_size):
+                    search = partial(self._search, fitting, held, place)
+                    accuracies[number, place], unconverged[number, place] = self._kept(f"{number}-{place}", search)
+                    bar.update(world_size)
+            accuracies = self.session.sum(accuracies).numpy()
+            best = accuracies.argmax(axis=1)  # of equals the first: the strongest penalty
+            for number in range(rank, len(jobs), world_size):
+                final = partial(self._final, jobs[number].rows, int(best[number]))
+                found, unconverged[number, -1] = self._kept(f"{number}-test", final)
+                predictions[number] = torch.from_numpy(np.where(self.readable, found.argmax(axis=1), -1))
                 if number == 0:
-                    scores.fill_(torch.nan)
-                    scores[self.queries] = torch.from_numpy(found)
-                bar.update(1)
-        parts = (session.sum(part).numpy() for part in (scores, predictions, facts))
-        return Fitted(jobs, *parts)
+                    scores[:] = torch.from_numpy(found)
+                bar.update(world_size)
+        scores, predictions, unconverged = (
+            self.session.sum(part).numpy() for part in (scores, predictions, unconverged)
+        )
+        return Fitted(jobs, scores, predictions, accuracies, best, unconverged > 0)
 
-    def one(self, job: Job) -> tuple[np.ndarray, torch.Tensor]:
-        """Scores of the test images that could be read, and the three facts of `Fitted`."""
-        held, held_labels = self._of(self.held)
-        s, accuracies, unconverged = self.settings, [], 0
-        for strength in s.strengths:
-            scores, late = logistic_scores(*self._of(job.search_rows), held, strength, self.classes, s.steps)
-            accuracies.append(np.mean(scores.argmax(axis=1) == held_labels))
-            unconverged += late
-        best = int(np.argmax(accuracies))  # of equals the first: the strongest penalty
-        scores, late = logistic_scores(*self._of(job.rows), self.test, s.strengths[best], self.classes, s.steps)
-        return scores, torch.tensor([best, accuracies[best], unconverged + late], dtype=torch.float64)
+    def _search(self, fitting: Samples, held: Samples, place: int) -> tuple[np.ndarray, bool]:
+        """The accuracy of a strength on what is held out, and whether its fit did not converge."""
+        features, labels = held()
+        scores, converged = self._scores(*fitting(), features, place)
+        return np.mean(scores.argmax(axis=1) == labels), not converged
+
+    def _final(self, rows: np.ndarray, place: int) -> tuple[np.ndarray, bool]:
+        """Scores of the test images (n, C), NaN where they could not be read, and whether the fit did not converge."""
+        scores = np.full((len(self.readable), self.classes), np.nan)
+        test = self.test[self.readable].astype(np.float64)
+        scores[self.readable], converged = self._scores(*self._of(rows), test, place)
+        return scores, not converged
+
+    def _scores(
+        self, features: np.ndarray, labels: np.ndarray, test: np.ndarray, place: int
+    ) -> tuple[np.ndarray, bool]:
+        s = self.settings
+        return logistic_scores(features, labels, test, s.strengths[place], self.classes, s.steps, s.tolerance)
+
+    def _kept(self, name: str, compute: Callable[[], tuple[np.ndarray, bool]]) -> tuple[np.ndarray, bool]:
+        """What `compute` finds, or found before this process began."""
+        path = None if self.folder is None else self.folder / f"{name}.npz"
+        if path is not None and path.exists():
+            with np.load(path) as kept:
+                return kept["found"][()], bool(kept["unconverged"])
+        found, unconverged = compute()
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, found=found, unconverged=unconverged)
+        return found, unconverged
 
     def _of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.features[rows].astype(np.float64), self.labels[rows]

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from aimv2.data.loader import DataConfig
-from aimv2.evals.attentive_probe import AttentiveProbe
 from aimv2.evals.datasets import open_dataset
 from aimv2.evals.dense.patch_probe import PatchProbe
 from aimv2.evals.encoders import encoder_of, parse_layers
 from aimv2.evals.few_shot import FewShot
 from aimv2.evals.harness import at_rest
 from aimv2.evals.knn import KNN
-from aimv2.evals.linear_probe import LinearProbe
+from aimv2.evals.probes.attentive_probe import AttentiveProbe
+from aimv2.evals.probes.linear_probe import LinearProbe
 from aimv2.evals.retrieval import Retrieval
 from aimv2.evals.run import shortened
 from aimv2.evals.session import Session

@@ -13,38 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aimv2.evals.checks import require, require_classes, require_split
 from aimv2.evals.datasets import Dataset, held_out
-from aimv2.evals.encoders import Encoder, parse_layers, streams
+from aimv2.evals.encoders import Encoder
 from aimv2.evals.extraction import extract
-from aimv2.evals.results import Outcome, classification_metrics, classification_samples, per_class
+from aimv2.evals.pooled_streams import PooledStreams
+from aimv2.evals.results import (
+    Metric,
+    Outcome,
+    classification_metrics,
+    classification_samples,
+    per_class,
+    ranks_of,
+    share,
+)
 from aimv2.evals.session import Session
 
 QUERIES = 256  # in one matrix product; a rank takes every world-th block, so that a product does not depend on ranks
-MOST_VALUES = 1 << 25  # of the training set in memory at a time: 128 MB
-
-
-@dataclass(frozen=True, slots=True)
-class PooledStreams:
-    """A view of one vector an image: "pooled", the encoder's own image feature, or the mean over the patches of blocks.
-
-    layers: as `parse_layers` reads it, and "pooled"; commas join: "pooled,all".
-    """
-
-    layers: str = "pooled"
-
-    @property
-    def key(self) -> str:
-        return "means " + self.layers.replace(" ", "")
-
-    def __call__(self, encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, S, S) -> {stream: (B, D)}."""
-        words = [word.strip() for word in self.layers.split(",")]
-        others = ",".join(word for word in words if word != "pooled")
-        found = {"pooled": encoder.pooled(images)} if "pooled" in words else {}
-        if others:
-            blocks = streams(encoder, images, parse_layers(others, encoder.depth))  # each (B, N, D)
-            found |= {name: patches.mean(dim=1) for name, patches in blocks.items()}
-        return found
+MOST_VALUES = 1 << 25  # of the training set, and of similarities, in memory at a time: 128 MB each
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,19 +48,18 @@ class KNN:
     seed: int = 0  # of that choice of images
 
     def __post_init__(self):
-        if not self.k or min(self.k) < 1 or len(set(self.k)) < len(self.k):
-            raise ValueError(f"k {self.k}: expected different numbers of neighbours, 1 or more")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature {self.temperature}: expected a positive number")
+        different = bool(self.k) and len(set(self.k)) == len(self.k) and all(k >= 1 and k == int(k) for k in self.k)
+        require(different, "different whole numbers of neighbours, 1 or more", k=self.k)
+        require(self.temperature > 0, "a positive number", temperature=self.temperature)
+        require_split(self.held_out, self.seed)
 
     def run(self, encoder: Encoder, data: Dataset, session: Session) -> Outcome:
         """Images of the test set that can't be read are wrong; of the training set, left out.
 
         Raises:
-            ValueError: no training set, or one too small for any k.
+            ValueError: no classes, no training set, or one too small for any k.
         """
-        if data.train is None or data.train.labels is None:
-            raise ValueError(f"{data.spec} has no training set with classes: kNN needs one")
+        require_classes(data, "kNN")
         view = PooledStreams(self.layers)
         train, test = (extract(encoder, images, view, session) for images in (data.train, data.test))
         rows = np.flatnonzero(train.readable)
@@ -113,7 +98,7 @@ class KNN:
         for row in sweep:
             if row["stream"] not in of_stream or row["held_out"] > of_stream[row["stream"]]["held_out"]:
                 of_stream[row["stream"]] = row
-        metrics = classification_metrics(scores, data.test.labels)
+        metrics = metrics_of_votes(scores, data.test.labels)
         if len(of_stream) == 1:
             metrics |= {f"top1_k{row['k']}": row["top1"] for row in sweep}
         else:
@@ -149,7 +134,7 @@ def nearest(queries: Rows, gallery: Rows, k: int, session: Session) -> tuple[np.
     """The k most similar of the gallery for each query: cosine similarities (n, k), falling, and positions (n, k).
 
     Exact. Of equally similar ones the first in the gallery comes first. The same on every rank. Memory: MOST_VALUES of
-    the gallery, this rank's queries, and its results; the gallery is read once.
+    the gallery or of similarities to it, this rank's queries, and its results; the gallery is read once.
     """
     n, m = len(queries.numbers), len(gallery.numbers)
     if not 1 <= k <= m:
@@ -158,7 +143,7 @@ def nearest(queries: Rows, gallery: Rows, k: int, session: Session) -> tuple[np.
     blocks = [queries.unit_vectors(start, min(start + QUERIES, n), session.device) for start in starts]
     empty = torch.empty(0, device=session.device)
     best = [(empty.expand(len(block), 0), empty.long().expand(len(block), 0)) for block in blocks]
-    step = max(k, MOST_VALUES // gallery.array.shape[1])
+    step = max(k, MOST_VALUES // max(gallery.array.shape[1], QUERIES))
     with session.progress(m, "image", "nearest neighbours") as bar:
         for start in range(0, m, step):
             part = gallery.unit_vectors(start, min(start + step, m), session.device)  # (M, D)
@@ -209,3 +194,12 @@ def votes(similarities: np.ndarray, labels: np.ndarray, k: int, temperature: flo
     n = len(labels)
     cells = np.arange(n)[:, None] * classes + labels[:, :k]
     return np.bincount(cells.ravel(), weights[:, :k].ravel(), n * classes).reshape(n, classes)
+
+
+def metrics_of_votes(scores: np.ndarray, labels: np.ndarray) -> dict[str, Metric]:
+    """`classification_metrics`, but that a class without any vote is not among the first five, whatever its number."""
+    metrics = classification_metrics(scores, labels)
+    if "top5" in metrics:
+        voted = scores[np.arange(len(labels)), labels] > 0
+        metrics["top5"] = share(voted & (ranks_of(scores, labels) < 5), metrics["top5"].chance)
+    return metrics

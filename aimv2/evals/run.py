@@ -74,7 +74,8 @@ def evaluate(protocol: Evaluation, encoder, data: Dataset, out: Path, session: S
     if session.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         result = {"format": FORMAT, "hash": fingerprint(description), **description}
-        result["data"] |= seen(data, outcome, session)
+        looked_at = data if "train" in description["data"] else dataclasses.replace(data, train=None)
+        result["data"] |= seen(looked_at, outcome, session)
         result["metrics"] = {name: dataclasses.asdict(metric) for name, metric in outcome.metrics.items()}
         result["details"] = outcome.details
         result["environment"] = environment(session, time.monotonic() - began)

@@ -21,7 +21,7 @@ from aimv2.evals.harness import at_rest
 from aimv2.exports import TOKENIZER
 from aimv2.lit import LiT, LiTConfig
 from aimv2.preprocessing import ProcessorConfig
-from aimv2.pretrained import open_checkpoint
+from aimv2.pretrained import open_checkpoint, resized
 from aimv2.processor import Processor
 from aimv2.text_encoder import TextConfig
 
@@ -163,7 +163,7 @@ def open_text_image(spec: str, *, device: torch.device | str = "cpu") -> TextIma
 
 
 def open_lit(path: str, spec: str) -> TextImageModel:
-    """`aimv2:PATH`."""
+    """`aimv2:PATH`. A native model is given squares: evaluations stack images, and have no place for a mask."""
     checkpoint = open_checkpoint(path)
     config, *_ = checkpoint.whole()
     if not isinstance(config, LiTConfig):
@@ -171,8 +171,11 @@ def open_lit(path: str, spec: str) -> TextImageModel:
         raise ValueError(f"{spec} is {kind}, without a text tower: expected a model of images and text")
     vision, layout, _ = checkpoint.vision()
     processing = checkpoint.processor_config(vision, layout)
+    if processing.resize == "native":
+        processing = resized(processing, vision.image_size)
     beside = checkpoint.path.parent / TOKENIZER
-    return text_image_of(checkpoint.read_whole(torch.float32), processing, beside if beside.exists() else None, spec)
+    model = checkpoint.read_whole(torch.float32).requires_grad_(False)
+    return text_image_of(model, processing, beside if beside.exists() else None, spec)
 
 
 def lit_tokenizer(

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from aimv2.evals.checks import require_classes
 from aimv2.evals.datasets import Dataset
 from aimv2.evals.encoders.packages import optional
 from aimv2.evals.extraction import extract
@@ -22,6 +23,7 @@ from aimv2.evals.text_image import ImageFeatures, TextImageModel
 
 TEXTS = 512  # about, in a forward pass
 NO_TEMPLATE = ("{}",)
+IMAGENET = "imagenet"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -29,6 +31,8 @@ class ZeroShot:
     """templates: "dataset": its own, or "simple" where it has none; "imagenet": the 80 of CLIP; "simple": its best 7;
         "none": the bare names; or a file with one a line, "{}" for the class.
     classes: "dataset"; "imagenet": open_clip's 1000 names; or a file with one name a line, in order.
+
+    Of the dataset "imagenet" with its 1000 classes "dataset" is "imagenet", for both.
     """
 
     name: ClassVar[str] = "zero_shot"
@@ -43,8 +47,7 @@ class ZeroShot:
             ValueError: no labels, another number of class names than the dataset has, or a template without a place
                 for the class.
         """
-        if data.test.labels is None:
-            raise ValueError(f"{data.spec} has no classes: zero-shot classification needs them")
+        require_classes(data, "zero-shot classification", train=False)
         names, templates, notes = self._names(data), *self._templates(data)
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
@@ -76,12 +79,13 @@ class ZeroShot:
         )
 
     def _names(self, data: Dataset) -> Sequence[str]:
-        if self.classes == "dataset":
+        source = _own(self.classes, data)
+        if source == "dataset":
             names = data.classes
-        elif self.classes == "imagenet":
+        elif source == IMAGENET:
             names = tuple(optional("open_clip").IMAGENET_CLASSNAMES)
         else:
-            names = _lines(self.classes)
+            names = _lines(source)
         if len(names) != len(data.classes):
             raise ValueError(
                 f"classes {self.classes!r}: {len(names)} names, expected {len(data.classes)} as {data.spec}"
@@ -90,10 +94,10 @@ class ZeroShot:
 
     def _templates(self, data: Dataset) -> tuple[list[Callable[[str], str]], list[str]]:
         """Functions, as open_clip takes them, and notes."""
-        source, notes = self.templates, []
+        source, notes = _own(self.templates, data), []
         if source == "dataset" and not data.templates:
             source, notes = "simple", [f"{data.spec} has no templates: CLIP's best 7 are used"]
-        if source == "imagenet":
+        if source == IMAGENET:
             return list(optional("open_clip").OPENAI_IMAGENET_TEMPLATES), notes
         if source == "simple":
             return list(optional("open_clip").SIMPLE_IMAGENET_TEMPLATES), notes
@@ -104,11 +108,16 @@ class ZeroShot:
         return [partial(template.replace, "{}") for template in templates], notes
 
 
+def _own(source: str, data: Dataset) -> str:
+    """ "dataset", where that is ImageNet, is "imagenet"."""
+    return IMAGENET if source == "dataset" and (data.name, len(data.classes)) == (IMAGENET, 1000) else source
+
+
 def _lines(path: str) -> tuple[str, ...]:
     """Those of a file that are not blank. Raises ValueError for none."""
     file = Path(path).expanduser()
     try:
-        lines = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+        lines = tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a text file with one entry a line ({error})") from error
     if not lines:

@@ -15,12 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aimv2.evals.text_image import lit_tokenizer
-from aimv2.exports import TOKENIZER
-from aimv2.lit import LiT, LiTConfig
-from aimv2.pretrained import open_checkpoint, resized
+from aimv2.evals.text_image import open_lit
+from aimv2.lit import LiT
 from aimv2.processor import Processor
-from aimv2.weights import ModelError
 
 MODEL_TYPE = "aimv2"
 
@@ -29,13 +26,13 @@ def register_clip_benchmark() -> None:
     """Add the model type "aimv2" to the installed clip_benchmark, whose `pretrained` then is a LiT model's source.
 
     With numpy 2.4 its top-k accuracy (1.6.2) ends in a TypeError, once all is computed; `accuracy` then takes its
-    place, with a warning. Raises ModuleNotFoundError without clip_benchmark.
+    place, with a warning. Raises ImportError without clip_benchmark.
     """
     try:
         from clip_benchmark import models
         from clip_benchmark.metrics import linear_probe, zeroshot_classification
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"register_clip_benchmark: pip install clip_benchmark ({error})") from error
+    except ImportError as error:
+        raise ImportError(f"CLIP_benchmark can't be imported: pip install clip_benchmark ({error})") from error
     models.TYPE2FUNC[MODEL_TYPE] = load_lit
     if MODEL_TYPE not in models.MODEL_TYPES:  # the list that its command line has as choices
         models.MODEL_TYPES.append(MODEL_TYPE)
@@ -49,7 +46,7 @@ def register_clip_benchmark() -> None:
 def load_lit(
     model_name: str = "", pretrained: str = "", cache_dir: str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[LiT, "Transform", Callable[[Sequence[str]], Tensor]]:
-    """A LiT model, what prepares an image for it, and what makes token ids of captions.
+    """A LiT model in fp32, what prepares an image for it, and what makes token ids of captions.
 
     Args:
         model_name: a label for clip_benchmark's tables; nothing is looked up by it.
@@ -57,31 +54,28 @@ def load_lit(
         cache_dir: None: the hub's cache is where HF_HOME says.
 
     Raises:
-        ModelError: nothing there, no LiT model, or one whose tokenizer is not known.
+        ValueError: nothing there, no LiT model, or one whose tokenizer is not known.
     """
     if cache_dir is not None:
         raise ValueError(f"cache_dir {cache_dir!r}: expected none, set HF_HOME")
-    checkpoint = open_checkpoint(pretrained, device=device)
-    config, *_ = checkpoint.whole()
-    if not isinstance(config, LiTConfig):
-        raise ModelError(f"{pretrained}: an encoder without a text tower: expected a LiT model")
-    words = checkpoint.path.parent / TOKENIZER
-    tokenizer, _ = checkpoint.named(lit_tokenizer, config.text, "the model", words if words.exists() else None)
-    vision, layout, _ = checkpoint.vision()
-    processing = checkpoint.processor_config(vision, layout)
-    if processing.resize == "native":  # clip_benchmark stacks images, and has no place for a mask
-        processing = resized(processing, vision.image_size)
-    return checkpoint.read_whole(), Transform(Processor(processing)), tokenizer
+    found = open_lit(pretrained, pretrained).to(device)  # native ones take squares
+    return found.model, Transform(found.processor), found.tokenizer
 
 
 @dataclass(frozen=True)
 class Transform:
-    """A PIL image -> (3, S, S), as a torchvision transform is called; it can be pickled for a loader's workers."""
+    """A PIL image -> (3, S, S), as a torchvision transform is called; it can be pickled for a loader's workers.
+
+    Raises ValueError for an image that is damaged or over 200 times as long as wide.
+    """
 
     processor: Processor
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.processor(image).pixel_values[0]
+        try:
+            return self.processor(image).pixel_values[0]
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("image 0: ")) from error  # its number is not known here
 
 
 def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[float]:

@@ -6,6 +6,8 @@ A LiT model embeds images and texts, unit vectors of one space; an encoder image
 Interface: mteb 2, `mteb.models.EncoderProtocol`.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,46 +15,48 @@ import torch
 from torch import Tensor
 
 from aimv2.evals.encoders.interface import preprocessing_hash, weights_digest
-from aimv2.harnesses.clip_benchmark import load_lit
+from aimv2.evals.text_image import open_lit
 from aimv2.lit import LiTConfig
 from aimv2.pretrained import load_encoder, open_checkpoint
-from aimv2.weights import ModelError
 
 try:
     from mteb.models import ModelMeta
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ScoringFunction
 except ImportError as error:
-    raise ImportError("mteb's models need mteb: pip install mteb") from error
+    raise ImportError(f"mteb's models need mteb: pip install mteb ({error})") from error
 
 
 class MtebEncoder(AbsEncoder):
-    """A LiT model or an encoder by mteb's interface; similarities are cosines.
+    """A LiT model or an encoder by mteb's interface, in fp32; similarities are cosines.
 
     Args:
         source: whatever `aimv2.load_encoder` takes.
-        name: in mteb's results, OWNER/NAME.
+        name: in mteb's results, OWNER/NAME; None: aimv2 and the last part of the source.
         device: of the weights.
 
     Raises:
-        ModelError: nothing there, or a LiT model whose tokenizer is not known.
+        ValueError: nothing there, or a LiT model whose tokenizer is not known.
     """
 
     def __init__(self, source: str | Path, name: str | None = None, device: torch.device | str = "cpu"):
         source, self.device = str(source), device
-        self.tokenize = None
+        self.tokenize, tokens = None, {}
         if not source.startswith("random:") and isinstance(open_checkpoint(source).whole()[0], LiTConfig):
-            self.model, transform, self.tokenize = load_lit(pretrained=source, device=device)
-            self.processor, length = transform.processor, self.model.config.projection
+            lit = open_lit(source, source).to(device)
+            self.model, self.processor, self.tokenize, tokens = lit.model, lit.processor, lit.tokenizer, lit.tokens
+            length = self.model.config.projection
         else:
-            self.model = load_encoder(source, device=device)
+            self.model = load_encoder(source, dtype=torch.float32, device=device)
             self.processor, length = self.model.processor, self.model.hidden_size
         # mteb keeps results by name and revision, and skips those it has.
-        revision = f"{weights_digest(self.model)[:12]}-{preprocessing_hash(self.processor.config)[:12]}"
+        words = hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest()
+        parts = [weights_digest(self.model), preprocessing_hash(self.processor.config), *([words] if tokens else [])]
+        path = Path(source).expanduser()
         self.mteb_model_meta = ModelMeta.create_empty(
             {
-                "name": name or f"aimv2/{Path(source).name}",
-                "revision": revision,
+                "name": name or f"aimv2/{path.resolve().name if path.exists() else path.name}",
+                "revision": "-".join(part[:12] for part in parts),
                 "modalities": ["image", "text"] if self.tokenize else ["image"],
                 "similarity_fn_name": ScoringFunction.COSINE,
                 "embed_dim": length,
@@ -65,22 +69,37 @@ class MtebEncoder(AbsEncoder):
     def encode(self, inputs: Iterable[dict], *, task_metadata=None, hf_split="", hf_subset="", **kwargs) -> Tensor:
         """Batches of {"image": B images} or {"text": B texts} -> (n, E) on the CPU; of both, their sum, as mteb's CLIP.
 
-        Raises ValueError for batches that have neither, or text where there is no text tower.
+        Raises ValueError for no batches, for one that has neither, for a text or an image that is none, and for text
+        where there is no text tower.
         """
-        return torch.cat([self._embed(batch).float().cpu() for batch in inputs])
+        found = []
+        for number, batch in enumerate(inputs):
+            try:
+                found.append(self._embed(batch).float().cpu())
+            except ValueError as error:
+                raise ValueError(f"batch {number}: {error}") from error
+        if not found:
+            raise ValueError("no inputs: expected at least one batch")
+        return torch.cat(found)
 
     def _embed(self, batch: dict) -> Tensor:
         parts = []
         if "text" in batch:
-            if self.tokenize is None:
-                name = self.mteb_model_meta.name
-                raise ModelError(f"{name}: an encoder without a text tower: expected a task with images only")
-            parts.append(self.model.encode_text(self.tokenize(list(batch["text"])).to(self.device)))
+            parts.append(self._embed_texts(list(batch["text"])))
         if "image" in batch:
             parts.append(self._embed_images(batch["image"]))
         if not parts:
-            raise ValueError(f"a batch of {', '.join(batch)}: expected image or text")
+            raise ValueError(f"{', '.join(batch)}: expected image or text")
         return sum(parts)  # (B, E)
+
+    def _embed_texts(self, texts: list[str]) -> Tensor:
+        if self.tokenize is None:
+            name = self.mteb_model_meta.name
+            raise ValueError(f"{name}: an encoder without a text tower: expected a task with images only")
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(f"text {index} is {text!r:.100}: expected a string")
+        return self.model.encode_text(self.tokenize(texts).to(self.device))
 
     def _embed_images(self, images: list) -> Tensor:
         batch = self.processor(list(images)).to(self.device)

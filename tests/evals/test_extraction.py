@@ -148,7 +148,8 @@ def red_noise(image: Image.Image) -> Tensor:
 
 def draw(epoch: int, session: Session, batches: list[np.ndarray]) -> dict[int, Tensor]:
     found = {}
-    for rows, features in online(pixels(), images(10), MeanColour(), session, batches, red_noise, 5, epoch):
+    keyed = [(epoch, batch) for batch in batches]
+    for rows, features in online(pixels(), images(10), MeanColour(), session, keyed, red_noise, 5):
         found |= dict(zip(rows.tolist(), features["colour"], strict=True))
     return found
 
@@ -168,10 +169,35 @@ def test_augmentation_depends_on_seed_epoch_and_row_alone():
 
 def test_online_batches_leave_out_what_can_not_be_read():
     split = images(4, bad=(1, 2, 3))
-    batches = [np.array([0, 1]), np.array([2, 3])]
-    found = list(online(pixels(), split, MeanColour(), Session(quiet=True), batches, red_noise, 0, 0))
+    batches = [(0, np.array([0, 1])), (0, np.array([2, 3]))]
+    found = list(online(pixels(), split, MeanColour(), Session(quiet=True), batches, red_noise, 0))
     assert [rows.tolist() for rows, _ in found] == [[0], []]
     assert [features["colour"].shape for _, features in found] == [(1, 3), (0, 3)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_online_loads_a_pass_at_a_time_and_starts_once(monkeypatch, workers):
+    """For all epochs; a batch of 7 comes as 3, 3 and 1 images, an empty one as none."""
+    loaders, parts, make = [], [], extraction._loader
+
+    def spied(images, batches, collate, session):
+        def noted():
+            for part in batches:
+                parts.append(len(part))
+                yield part
+
+        loaders.append(make(images, noted(), collate, session))
+        return loaders[-1]
+
+    monkeypatch.setattr(extraction, "_loader", spied)
+    batches = [(0, np.arange(7)), (0, np.arange(0)), (1, np.array([2, 9])), (5, np.arange(3, 10))]
+    session = Session(quiet=True, batch_size=3, workers=workers)
+    found = list(online(pixels(), images(10, bad=(9,)), MeanColour(), session, iter(batches), red_noise, 5))
+    assert [rows.tolist() for rows, _ in found] == [[*range(7)], [], [2], [*range(3, 9)]]
+    assert len(loaders) == 1 and parts == [3, 3, 1, 0, 2, 3, 3, 1]
+    for (epoch, _), (rows, features) in zip(batches, found, strict=True):
+        alone = draw(epoch, Session(quiet=True), [rows])
+        assert all(torch.equal(alone[row], colour) for row, colour in zip(rows, features["colour"], strict=True))
 
 
 def test_randomness_is_put_back_after_an_error():
@@ -187,7 +213,7 @@ def extract_on_ranks(folder: Path | None, out: Path) -> None:
     with launched_session("cpu", folder=folder, batch_size=3, quiet=True) as session:
         split = images(23, bad=(6,))
         found = extract(pixels(), split, MeanColour(), session)
-        rows = [rows for rows, _ in online(pixels(), split, MeanColour(), session, [np.arange(5)], red_noise, 0, 0)]
+        rows = [rows for rows, _ in online(pixels(), split, MeanColour(), session, [(0, np.arange(5))], red_noise, 0)]
         total = session.sum(torch.tensor([len(rows[0])]))
         torch.save([torch.tensor(found.arrays["colour"]), torch.tensor(found.readable), total], out / f"{session.rank}")
         assert distributed.is_initialized()

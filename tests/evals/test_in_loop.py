@@ -8,13 +8,13 @@ import torch
 from processes import finish, nothing, start, train
 
 from aimv2.config import ConfigError, from_json, load_config, to_json
-from aimv2.evals.attentive_probe import AttentiveProbe
 from aimv2.evals.datasets import open_dataset
 from aimv2.evals.encoders import open_encoder
 from aimv2.evals.few_shot import FewShot
 from aimv2.evals.in_loop import FrozenEvaluation
 from aimv2.evals.knn import KNN
-from aimv2.evals.linear_probe import LinearProbe
+from aimv2.evals.probes.attentive_probe import AttentiveProbe
+from aimv2.evals.probes.linear_probe import LinearProbe
 from aimv2.evals.run import shortened
 from aimv2.evals.session import Session
 from aimv2.evals.zero_shot import ZeroShot
@@ -23,10 +23,10 @@ from aimv2.train import TrainConfig
 CONFIG = """
 from pathlib import Path
 from aimv2.config import load_config
-from aimv2.evals.attentive_probe import AttentiveProbe
+from aimv2.evals.probes.attentive_probe import AttentiveProbe
 from aimv2.evals.in_loop import FrozenEvaluation
 from aimv2.evals.knn import KNN
-from aimv2.evals.linear_probe import LinearProbe
+from aimv2.evals.probes.linear_probe import LinearProbe
 
 def config():
     run = load_config("TINY_RUN")

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from known_features import KnownEncoder, dataset, within_chance
 
 from aimv2.evals import knn
-from aimv2.evals.knn import KNN, PooledStreams, Rows, largest, nearest, votes
+from aimv2.evals.knn import KNN, Rows, largest, metrics_of_votes, nearest, votes
+from aimv2.evals.pooled_streams import PooledStreams
 from aimv2.evals.session import Session
 
 QUIET = Session(quiet=True)
@@ -109,6 +110,30 @@ def test_a_k_that_is_no_part_of_the_gallery_is_refused(features):
         nearest(rows(queries), rows(gallery), 301, QUIET)
 
 
+def test_similarities_in_memory_are_bounded_where_features_are_short(monkeypatch):
+    """A gallery of one value an image is still taken in parts."""
+    monkeypatch.setattr(knn, "QUERIES", 8)
+    monkeypatch.setattr(knn, "MOST_VALUES", 80)
+    sizes, take = [], knn.largest
+    monkeypatch.setattr(knn, "largest", lambda values, k: sizes.append(values.numel()) or take(values, k))
+    gallery = np.random.default_rng(0).normal(size=(95, 1)).astype(np.float32)
+    similarities, _ = nearest(rows(gallery[:20]), rows(gallery), 3, QUIET)
+    assert (similarities > 0.999).all()
+    assert max(sizes) == 80
+
+
+def test_classes_that_nobody_votes_for_are_never_among_five():
+    """Two of eight classes have votes: which numbers the classes have makes no difference."""
+    similarities = np.array([[0.9, 0.8, 0.7]] * 8)
+    neighbours, labels = np.tile([6, 6, 2], (8, 1)), np.arange(8)
+    for renumbering in (np.arange(8), np.arange(8)[::-1], np.random.default_rng(0).permutation(8)):
+        scores = votes(similarities, renumbering[neighbours], 3, 0.07, 8)
+        metrics = metrics_of_votes(scores, renumbering[labels])
+        assert metrics["top1"].value == 1 / 8
+        assert (metrics["top5"].value, metrics["top5"].chance) == (2 / 8, 5 / 8)
+    assert "top5" not in metrics_of_votes(np.ones((2, 5)), np.array([0, 4]))
+
+
 # What it says of encoders
 
 
@@ -207,6 +232,11 @@ def test_refusals():
     data.train = None
     with pytest.raises(ValueError, match="no training set"):
         KNN().run(KnownEncoder(np.eye(2)[labels]), data, QUIET)
-    for settings_, reason in (({"k": ()}, "k"), ({"k": (5, 5)}, "k"), ({"temperature": 0}, "temperature")):
-        with pytest.raises(ValueError, match=reason):
-            KNN(**settings_)
+    wrong = {"k": [(), (5, 5), (0,), (1.5,)], "temperature": [0, np.nan], "held_out": [0, 1, np.nan], "seed": [-1]}
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{name} .*: expected"):
+                KNN(**{name: value})
+    for layers in ("", "pooled,", "pooled,,all"):
+        with pytest.raises(ValueError, match=r"layers .*expected a stream"):
+            PooledStreams(layers)

@@ -156,10 +156,10 @@ class Untrained(Redness):
 def test_a_training_set_that_is_not_looked_at_does_not_decide(tmp_path):
     data, session = dataset(), Session(quiet=True)
     without = dataclasses.replace(data, train=data.train.subset(range(5)))
-    assert evaluate(Untrained(), pixels(), data, tmp_path, session) == evaluate(
-        Untrained(), pixels(), without, tmp_path, session
-    )
+    path = evaluate(Untrained(), pixels(), data, tmp_path, session)
+    assert evaluate(Untrained(), pixels(), without, tmp_path, session) == path
     assert len(Redness.calls) == 1
+    assert "train" not in json.loads(path.read_text())["data"]
 
 
 def test_what_another_evaluation_saw_is_not_told_again(tmp_path):

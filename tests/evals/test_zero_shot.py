@@ -92,6 +92,31 @@ def test_templates_and_names_of_files(tmp_path):
     assert model.texts == expected
 
 
+def test_a_mark_of_byte_order_is_no_part_of_a_template(tmp_path):
+    (tmp_path / "templates.txt").write_text("a {}\n", encoding="utf-8-sig")
+    model = KnownPair(np.eye(10), lambda text: np.ones(10))
+    ZeroShot(templates=str(tmp_path / "templates.txt")).run(model, dataset(1, 9, labels_of(10, 3)), QUIET)
+    assert model.texts == ["a class 0", "a class 1", "a class 2"]
+
+
+def test_imagenet_has_clips_names_and_templates(monkeypatch):
+    """Whatever its folders are called; but not a part of it, and not what is asked for otherwise."""
+    monkeypatch.setattr(open_clip, "OPENAI_IMAGENET_TEMPLATES", open_clip.OPENAI_IMAGENET_TEMPLATES[:2])  # of 80
+    data = dataset(1, 9, np.arange(10))
+    data.name, data.classes = "imagenet", tuple(f"n{number:08d}" for number in range(1000))
+    asked = []
+    model = KnownPair(np.eye(10), lambda text: asked.append(text) or np.ones(10))
+    outcome = ZeroShot().run(model, data, QUIET)
+    assert outcome.details["class_names"] == list(open_clip.IMAGENET_CLASSNAMES)
+    assert outcome.details["notes"] == ["classes of one name can't be told apart: missile, sunglasses"]
+    assert asked[:2] == [template("tench") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    assert len(asked) == 2000
+    assert ZeroShot(templates="none").run(model, data, QUIET).details["templates"] == 1
+    data.classes = data.classes[:100]
+    part = ZeroShot().run(model, data, QUIET)
+    assert part.details["class_names"] == list(data.classes) and part.details["templates"] == 7
+
+
 def test_a_dataset_without_templates_gets_clips_best():
     outcome = ZeroShot().run(KnownPair(np.eye(10), knows(10)), dataset(1, 9, labels_of(10, 3)), QUIET)
     assert outcome.details["templates"] == 7

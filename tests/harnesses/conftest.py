@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from lit_settings import CLASSES, CONFIG, PROCESSING, TEMPLATES
+from lit_settings import CLASSES, CONFIG, PROCESSING, TEMPLATES, transformers_features
 from PIL import Image
-from tiny_models import random_lit
+from tiny_models import V2, random_encoder, random_lit
 
 from aimv2.exports import export_model
 
@@ -22,6 +22,17 @@ def lit_exports(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def exports(tmp_path_factory):
+    """An encoder in three layouts."""
+    from timm_settings import PROCESSING
+
+    folder, encoder = tmp_path_factory.mktemp("exports"), random_encoder(V2)
+    for format in ("ours", "timm", "transformers"):
+        export_model(encoder, folder / format, config=V2, processing=PROCESSING, format=format)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def pictures():
     """24 images of several sizes and two modes, with large differences."""
     generator, found = np.random.default_rng(0), []
@@ -34,24 +45,7 @@ def pictures():
 
 @pytest.fixture(scope="session")
 def reference(lit_exports):
-    """transformers' model and image processor, and CLIP's ids from open_clip."""
-    open_clip = pytest.importorskip("open_clip")
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModel.from_pretrained(lit_exports / "transformers", attn_implementation="eager").eval()
-    processor = transformers.CLIPImageProcessorPil.from_pretrained(lit_exports / "transformers")
-
-    @torch.no_grad()
-    def features(images=(), texts=()):
-        if images:
-            pixels = processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
-            vectors = model.get_image_features(pixels)
-        else:
-            ids = open_clip.get_tokenizer("ViT-B-32")(list(texts))
-            vectors = model.get_text_features(ids, attention_mask=torch.ones_like(ids))  # without one it is not causal
-        vectors = getattr(vectors, "pooler_output", vectors)
-        return vectors / vectors.norm(dim=-1, keepdim=True)
-
-    return features
+    return transformers_features(lit_exports / "transformers")
 
 
 @pytest.fixture(scope="session")

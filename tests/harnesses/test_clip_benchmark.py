@@ -7,6 +7,7 @@ ids: images are labelled by what it predicts, so that CLIP_benchmark has to find
 import io
 import json
 import pickle
+import re
 import runpy
 import sys
 import tarfile
@@ -20,10 +21,10 @@ from PIL import Image
 from tiny_models import NATIVE, V2, random_encoder, random_lit
 from torch.utils.data import DataLoader
 
+from aimv2.evals.text_image import open_text_image
 from aimv2.exports import export_model
 from aimv2.harnesses.clip_benchmark import accuracy, load_lit, register_clip_benchmark
 from aimv2.text_encoder import TextConfig
-from aimv2.weights import ModelError
 
 pytest.importorskip("clip_benchmark")
 
@@ -177,7 +178,8 @@ def test_command_line(lit_exports, pictures, labels, tmp_path, monkeypatch):
     common = ("--num_workers", "0", "--no_amp", "--quiet", "--pretrained", str(lit_exports / "ours"))
     data = ("--dataset", "wds/shapes", "--dataset_root", str(tmp_path / "shapes"))
     assert run_door(monkeypatch, "eval", *data, *common) == 0
-    result = json.loads((tmp_path / "shapes_aimv2_en_zeroshot_classification.json").read_text())
+    name = str(lit_exports / "ours").strip("/").replace("/", "_")
+    result = json.loads((tmp_path / f"shapes_{name}_aimv2_en_zeroshot_classification.json").read_text())
     assert result["metrics"] == {"acc1": 1.0, "acc5": 1.0, "mean_per_class_recall": 1.0}
     assert (result["model"], result["pretrained"]) == ("aimv2", str(lit_exports / "ours"))
 
@@ -191,9 +193,53 @@ def test_command_line(lit_exports, pictures, labels, tmp_path, monkeypatch):
     assert metrics["image_retrieval_recall@1"] < 1.0
 
 
-def test_command_line_without_a_model(tmp_path, monkeypatch, capsys):
-    assert run_door(monkeypatch, "eval", "--pretrained", str(tmp_path / "no"), "--dataset", "cifar10", "--quiet") == 1
-    assert "no: no such file or folder" in capsys.readouterr().err
+def test_each_of_several_models_has_a_result_of_its_own(lit_exports, pictures, tmp_path, monkeypatch):
+    (tmp_path / "a{0}").mkdir()  # as a file's name is not a format
+    for name, source in (("a{0}/b", "ours"), ("c", "transformers")):
+        (tmp_path / name).symlink_to(lit_exports / source)
+    samples = [{"png": png(image), "txt": text.encode()} for image, text in zip(pictures[:2], CAPTIONS, strict=False)]
+    write_shards(tmp_path / "data", samples, {"dataset_type": "retrieval"})
+    monkeypatch.chdir(tmp_path)
+    data = ("--dataset", "wds/data", "--dataset_root", "data", "--task", "zeroshot_retrieval", "--recall_k", "1")
+    common = ("--num_workers", "0", "--no_amp", "--quiet", "--pretrained", "a{0}/b", "./c/")
+    assert run_door(monkeypatch, "eval", *data, *common) == 0
+    assert run_door(monkeypatch, "eval", *data, *common, "--output", "{pretrained_full_path}-{pretrained}.json") == 0
+    found = {path.name: json.loads(path.read_text())["pretrained"] for path in tmp_path.glob("*.json")}
+    assert found == {
+        "data_a{0}_b_aimv2_en_zeroshot_retrieval.json": "a{0}/b",
+        "data_._c_aimv2_en_zeroshot_retrieval.json": "./c/",
+        "a{0}_b-a{0}_b.json": "a{0}/b",
+        "._c-._c.json": "./c/",
+    }
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_image_that_cannot_be_prepared_ends_it(lit_exports, pictures, tmp_path, monkeypatch, capsys, workers):
+    images = [*pictures[:2], Image.new("RGB", (1, 300))]
+    samples = [{"png": png(image), "txt": b"a star"} for image in images]
+    write_shards(tmp_path / "data", samples, {"dataset_type": "retrieval"})
+    monkeypatch.chdir(tmp_path)
+    data = ("--dataset", "wds/data", "--dataset_root", "data", "--task", "zeroshot_retrieval")
+    common = ("--num_workers", workers, "--no_amp", "--quiet", "--pretrained", str(lit_exports / "ours"))
+    assert run_door(monkeypatch, "eval", *data, *common) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"error: (ValueError: )?300x1 pixels: an aspect ratio over 200", said)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_what_is_missing_is_one_line(lit_exports, tmp_path, monkeypatch, capsys):
+    def said(*arguments: str) -> str:
+        assert run_door(monkeypatch, "eval", *arguments, "--quiet", "--num_workers", "0") == 1
+        return capsys.readouterr().err
+
+    assert "no: no such file or folder" in said("--pretrained", str(tmp_path / "no"), "--dataset", "cifar10")
+    model = ("--pretrained", str(lit_exports / "ours"))
+    found = said(*model, "--dataset", "wds/mine", "--dataset_root", str(tmp_path / "no"))
+    assert found.endswith("no/test/nshards.txt'\n") and found.count("error: ") == len(found.splitlines()) == 1
+    monkeypatch.setitem(sys.modules, "clip_benchmark", None)
+    found = said(*model, "--dataset", "cifar10")
+    assert found.startswith("error: CLIP_benchmark can't be imported: pip install clip_benchmark (")
+    assert len(found.splitlines()) == 1
 
 
 # -- Edges -------------------------------------------------------------------------------------------------------------
@@ -226,6 +272,18 @@ def test_the_exports_own_tokenizer(tmp_path):
     assert ids.shape == (2, 77) and [words.decode(row) for row in ids.tolist()] == ["a star", "two squares"]
 
 
+def test_weights_of_few_bits_are_evaluated_in_fp32(tmp_path, pictures):
+    """As eval/zero_shot.py does, whatever the export's dtype."""
+    model = random_lit(CONFIG).to(torch.bfloat16)
+    folder = export_model(model, tmp_path / "lit", config=CONFIG, processing=PROCESSING)
+    found, transform, tokenizer = load_lit("tiny", str(folder))
+    assert {parameter.dtype for parameter in found.parameters()} == {torch.float32}
+    assert not any(parameter.requires_grad for parameter in found.parameters()) and not found.training
+    other, images = open_text_image(f"aimv2:{folder}"), torch.stack([transform(image) for image in pictures[:3]])
+    assert torch.equal(found.encode_image(images), other.encode_image(images))
+    assert torch.equal(found.encode_text(tokenizer(CAPTIONS)), other.encode_text(other.tokenizer(CAPTIONS)))
+
+
 def test_a_native_model_is_given_squares(tmp_path, pictures):
     """Its harness stacks them."""
     config = replace(CONFIG, vision=NATIVE)
@@ -237,12 +295,12 @@ def test_a_native_model_is_given_squares(tmp_path, pictures):
 
 def test_what_is_no_lit_model(lit_exports, tmp_path):
     folder = export_model(random_encoder(V2), tmp_path / "encoder", config=V2, processing=PROCESSING)
-    with pytest.raises(ModelError, match="an encoder without a text tower"):
+    with pytest.raises(ValueError, match="encoder is Vision, without a text tower"):
         load_lit("tiny", str(folder))
     with pytest.raises(ValueError, match=r"cache_dir '/x': expected none, set HF_HOME"):
         load_lit("tiny", str(lit_exports / "ours"), cache_dir="/x")
     small = export_model(random_lit(), tmp_path / "small", config=random_lit().config, processing=PROCESSING)
     with pytest.raises(
-        ModelError, match=r"model\.safetensors: .* has 60 tokens and EOS 59, not CLIP's .* expected a tokenizer\.model"
+        ValueError, match=r"small has 60 tokens and EOS 59, not CLIP's .* expected a tokenizer\.model beside"
     ):
         load_lit("tiny", str(small))

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lit_settings import CLASSES, PROCESSING
-from tiny_models import NATIVE, V2, random_encoder
+from lit_settings import CLASSES, CONFIG, PROCESSING
+from PIL import Image
+from tiny_models import NATIVE, V2, random_encoder, random_lit
 
 from aimv2.exports import export_model
 from aimv2.pretrained import load_encoder
-from aimv2.weights import ModelError
 
 mteb = pytest.importorskip("mteb")
 
@@ -97,10 +97,29 @@ def test_an_encoders_embedding_is_the_mean_of_its_patches(tmp_path, pictures):
     found = model.encode([{"image": pictures[:5]}, {"image": pictures[5:7]}])
     expected = encoder(encoder.processor(pictures[:7]).pixel_values).mean(dim=1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # sums of 16 in another order
-    with pytest.raises(ModelError, match="an encoder without a text tower"):
+    with pytest.raises(ValueError, match="batch 0: aimv2/e: an encoder without a text tower"):
         model.encode([{"text": ["a star"]}])
-    with pytest.raises(ValueError, match="a batch of audio: expected image or text"):
-        model.encode([{"audio": [0]}])
+    with pytest.raises(ValueError, match="batch 1: audio: expected image or text"):
+        model.encode([{"image": pictures[:1]}, {"audio": [0]}])
+
+
+def test_inputs_that_are_none(lit_exports, pictures):
+    model = MtebEncoder(lit_exports / "ours")
+    with pytest.raises(ValueError, match="no inputs: expected at least one batch"):
+        model.encode([])
+    with pytest.raises(ValueError, match="batch 0: text 1 is None: expected a string"):
+        model.encode([{"text": ["a star", None]}])
+    with pytest.raises(ValueError, match="batch 1: image 1: NoneType: expected a PIL image"):
+        model.encode([{"image": pictures[:1]}, {"image": [pictures[1], None]}])
+
+
+def test_an_image_that_cannot_be_prepared_ends_it(lit_exports, pictures):
+    model, images = MtebEncoder(lit_exports / "ours"), [pictures[0].convert("RGB"), Image.new("RGB", (1, 300))]
+    with pytest.raises(ValueError, match="batch 0: image 1: 300x1 pixels: an aspect ratio over 200"):
+        evaluated(model, given(TinyZeroShot, {"test": images}, {"test": [0, 1]}))
+    task = given(TinyZeroShot, {"test": images}, {"test": [0, 1]})
+    found = mteb.evaluate(model, task, cache=None, co2_tracker=False, show_progress_bar=False, raise_error=False)
+    assert not found.task_results and "an aspect ratio over 200" in found.exceptions[0].exception
 
 
 def test_native_images_are_as_if_alone(tmp_path, pictures):
@@ -130,3 +149,30 @@ def test_another_model_has_another_revision(tmp_path):
         assert meta.name == "aimv2/e" and meta.embed_dim == 256
         revisions.add(meta.revision)
     assert len(revisions) == 3 and MtebEncoder(folder).mteb_model_meta.revision in revisions
+
+
+def test_another_tokenizer_is_another_revision(tmp_path):
+    from aimv2.data.tokenizer import Tokenizer, train_tokenizer
+
+    revisions = set()
+    for name, texts in (("one", ["a red circle", "two squares"]), ("other", ["elcric der a", "serauqs owt"])):
+        file = train_tokenizer(iter(texts * 9), tmp_path / name, 40, source="here", licence="none")
+        words = Tokenizer(file)
+        text = replace(CONFIG.text, vocab_size=words.vocab_size, eos=words.eos_id)
+        config = replace(CONFIG, text=text)
+        folder = tmp_path / name / "lit"
+        export_model(random_lit(config), folder, config=config, processing=PROCESSING, tokenizer=file)
+        revisions.add(MtebEncoder(folder).mteb_model_meta.revision)
+    assert len(revisions) == 2 and len({revision.rpartition("-")[0] for revision in revisions}) == 1
+
+
+def test_name_of_the_folder_one_is_in(tmp_path, monkeypatch):
+    folder = export_model(random_encoder(V2), tmp_path / "mine", config=V2, processing=PROCESSING)
+    monkeypatch.chdir(folder)
+    assert MtebEncoder(".").mteb_model_meta.name == MtebEncoder(folder).mteb_model_meta.name == "aimv2/mine"
+    assert MtebEncoder(".", name="me/e").mteb_model_meta.name == "me/e"
+
+
+def test_an_export_in_bf16_is_evaluated_in_fp32(tmp_path):
+    folder = export_model(random_encoder(V2).to(torch.bfloat16), tmp_path / "e", config=V2, processing=PROCESSING)
+    assert {parameter.dtype for parameter in MtebEncoder(folder).model.parameters()} == {torch.float32}

@@ -24,7 +24,10 @@ class Texts(Sequence[str]):
     def __init__(self, texts: Iterable[str]):
         joined, ends = bytearray(), array("Q")
         for text in texts:
-            joined += text.encode("utf-8", "surrogateescape")
+            try:
+                joined += text.encode("utf-8", "surrogateescape")
+            except UnicodeEncodeError:
+                raise ValueError(f"{text!r}: no file can have this name") from None
             ends.append(len(joined))
         self._joined = np.frombuffer(joined, np.uint8)
         self._ends = np.array(ends, np.uint32 if len(joined) < 2**32 else np.uint64)
@@ -131,13 +134,16 @@ class ImageSet:
 
         Raises:
             BadImage: it is missing or damaged.
-            ValueError: no masks are known.
+            ValueError: no masks are known, or this one is not of the image's shape.
         """
         return self._known("masks")[self._row(i)]
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> "ImageSet":
-        """These rows, in this order. Raises IndexError for one that isn't there."""
-        rows = np.asarray(rows, np.int64)
+        """These rows, in this order. Raises IndexError for one that isn't there, ValueError for what is no number."""
+        rows = np.asarray(rows)
+        if rows.size and rows.dtype.kind not in "iu":
+            raise ValueError(f"rows of type {rows.dtype}, expected the numbers of rows")
+        rows = rows.astype(np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
         rows = rows if self._rows is None else self._rows[rows]
@@ -222,8 +228,9 @@ class Dataset:
 def held_out(labels: Sequence[int] | np.ndarray, share: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(rows to train on, rows held out), each rising; the same for the same arguments.
 
-    Of each class its share is held out, rounded so that the total is right, and never all of it: classes of one member
-    are trained on. If all classes are such, rows are drawn regardless of class.
+    Of each class its share is held out, rounded up or down for the total, and never all of it: classes of one member
+    are trained on. Where most rows are the only ones of their class, these together are treated as one class: otherwise
+    less than half of the share could be held out.
 
     Args:
         labels: (n,) at least 2; any integers.
@@ -234,15 +241,17 @@ def held_out(labels: Sequence[int] | np.ndarray, share: float = 0.1, seed: int =
         raise ValueError(f"labels {labels.shape}, share {share}: expected 2 rows or more, a share between 0 and 1")
     rng = np.random.default_rng(seed)
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    if counts.max() == 1:
-        classes, counts = np.zeros(len(labels), np.int64), np.array([len(labels)])
+    alone = counts == 1
+    if 2 * np.sum(alone) > len(labels):
+        classes = np.where(alone, 0, np.cumsum(~alone))[classes]
+        counts = np.bincount(classes)
     quota = np.where(counts > 1, share * counts, 0)
     taken = np.minimum(np.floor(quota).astype(np.int64), counts - 1)
     missing = max(1, round(quota.sum())) - taken.sum()
-    wish = np.where(taken < counts - 1, quota - taken, -1)  # by largest remainder, ties by lot
+    wish = np.where(taken < counts - 1, quota - taken, 0)  # by largest remainder, ties by lot
     order = np.lexsort((rng.random(len(wish)), -wish))
     best = order[: max(missing, 0)]
-    taken[best[wish[best] > -1]] += 1
+    taken[best[wish[best] > 0]] += 1
     shuffled = np.lexsort((rng.random(len(labels)), classes))  # by class, in each by lot
     place = np.empty(len(labels), np.int64)  # of each row in its class
     place[shuffled] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)

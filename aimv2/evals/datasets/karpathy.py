@@ -1,11 +1,10 @@
 """COCO and Flickr30k for retrieval, as Karpathy split them: `dataset_coco.json` and `dataset_flickr30k.json`."""
 
 import json
-from hashlib import sha256
 from pathlib import Path
 
-from aimv2.evals.datasets.folder import Files
-from aimv2.evals.datasets.interface import Dataset, ImageSet, Texts
+from aimv2.evals.datasets.files import file_set
+from aimv2.evals.datasets.interface import Dataset, Texts
 
 CAPTIONS = 5  # of an image; what is beyond is left out, as in published figures
 FOLDERS = {  # where images may be, below the folder of the json; {} stands for what the json says of the image
@@ -36,6 +35,9 @@ def _open(name: str, root: Path, spec: str) -> Dataset:
         with open(path, encoding="utf-8") as file:
             images = [image for image in json.load(file)["images"] if image["split"] == "test"]
         paths = [(image.get("filepath", ""), image["filename"]) for image in images]
+        for part in (part for path in paths for part in path):
+            if not isinstance(part, str):
+                raise TypeError(f"{part!r} is no name")
         captions = [[sentence["raw"].strip() for sentence in image["sentences"]] for image in images]
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file: it is in Karpathy's caption_datasets.zip") from None
@@ -47,19 +49,18 @@ def _open(name: str, root: Path, spec: str) -> Dataset:
         if not texts:
             raise ValueError(f"{path}: {file} has no caption")
     keys = _keys(name, root, paths)
-    digest = sha256(keys.digest.encode() + json.dumps(captions).encode()).hexdigest()
     counts = [len(texts) for texts in captions]
     return Dataset(
         spec=spec,
         name=name,
         classes=(),
         train=None,
-        test=ImageSet(
-            name=name,
-            split="test",
-            images=Files(root, keys),
-            keys=keys,
-            digest=digest,
+        test=file_set(
+            name,
+            "test",
+            root,
+            keys,
+            json.dumps(captions).encode(),
             captions=[texts[:CAPTIONS] for texts in captions],
         ),
         report={

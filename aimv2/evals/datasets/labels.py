@@ -26,6 +26,15 @@ def number_labels(
     )
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, without the rest, and without a full stop."""
+    if isinstance(error, KeyError) and error.args:
+        return f"missing {error.args[0]!r}"
+    said = (str(error).strip().splitlines() or [""])[0].rstrip(".") or type(error).__name__
+    cause = first_line(error.__cause__) if error.__cause__ else ""
+    return said if cause in said else f"{said} ({cause})"
+
+
 def check_seen(spec: str, tested: set, known: Sequence) -> None:
     """Raises ValueError naming the classes to test that training has not."""
     if unseen := sorted(tested - set(known)):

@@ -1,14 +1,17 @@
 """A dataset's spec, as `--data` takes it, to the dataset."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from aimv2.data.tar import ShardError
 from aimv2.evals.datasets import papers
 from aimv2.evals.datasets.bundled import open_digits, open_faces
 from aimv2.evals.datasets.folder import open_folder
 from aimv2.evals.datasets.huggingface import open_huggingface
 from aimv2.evals.datasets.interface import Dataset
 from aimv2.evals.datasets.karpathy import open_coco, open_flickr30k
+from aimv2.evals.datasets.labels import first_line
 from aimv2.evals.datasets.pixel_masks import open_masks
 from aimv2.evals.datasets.shards import open_shapes, open_shards
 from aimv2.evals.datasets.wilds import open_wilds
@@ -58,15 +61,27 @@ def open_dataset(spec: str, *, root: Path | str | None = None, download: bool = 
     if spec in BUNDLED:
         return BUNDLED[spec](spec)
     if kind in KINDS and where:
-        return KINDS[kind](where, spec)
+        with _in_one_line(spec, where):
+            return KINDS[kind](where, spec)
     if spec not in PAPERS:
         names = ", ".join([*BUNDLED, *(f"{kind}:..." for kind in KINDS), *PAPERS])
         raise ValueError(f"no dataset {spec!r}, expected one of {names}")
     if root is None:
         raise ValueError(f"{spec}: where is it? expected the folder of the papers' datasets as the root")
     root = Path(root).expanduser()
-    try:
+    with _in_one_line(spec, str(root)):
         return PAPERS[spec](spec, root, download)
-    except (RuntimeError, OSError, KeyError) as error:  # of torchvision and wilds
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{spec}: {said} Looked below {root}.") from error
+
+
+@contextmanager
+def _in_one_line(spec: str, place: str) -> Iterator[None]:
+    """Libraries raise whatever a missing or damaged file leads to, over many lines, and don't say of what."""
+    try:
+        yield
+    except (ImportError, ShardError):
+        raise
+    except Exception as error:
+        reason = first_line(error)
+        if not isinstance(error, ValueError) or not (spec in reason or str(Path(place).expanduser()) in reason):
+            reason = f"{spec}: {reason}" + ("" if place in reason or place in spec else f". Looked below {place}")
+        raise ValueError(reason) from error

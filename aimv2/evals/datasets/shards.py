@@ -6,6 +6,7 @@ The index beside each shard is built where it is missing.
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from hashlib import sha256
@@ -26,6 +27,8 @@ SHAPES_LABELS = ("shape", "shape_colour", "count", f"{SINGLE}shape", f"{SINGLE}s
 CAPTION_KEYS = ("captions", "caption")  # of a sample's JSON
 
 _MOST_CLS = 1000  # bytes
+_INTEGER = re.compile("-?(0|[1-9][0-9]*)")  # 007 and 7 may be two classes
+_COMMA = "; the comma comes between TRAIN and TEST, and can't be part of a path"
 _LABEL = re.compile(r"(?P<shards>.*)@(?:json\.(?P<key>[^@/]+)|cls)")
 
 
@@ -72,8 +75,9 @@ def open_shards(pattern: str, spec: str) -> Dataset:
     """`TRAIN,TEST@json.KEY`, `TRAIN,TEST@cls`, or `TEST` alone; without a label for retrieval.
 
     TRAIN and TEST are globs, ranges in braces or lists of shards. KEY leads to the label in each sample's JSON, with
-    dots into objects ("labels.shape"): a text or an integer; with cls it is what the sample's cls member says. Classes
-    are those that are found in TRAIN, sorted. Captions are the JSON's "captions" or "caption", else the txt.
+    dots into objects ("labels.shape"): a text or an integer; with cls it is what the sample's cls member says, an
+    integer if all are written as one. Classes are those that are found in TRAIN, sorted. Captions are the JSON's
+    "captions" or "caption", else the txt. The report counts members that are not read and rows that are not selected.
 
     Raises:
         ShardError: a shard is missing or damaged.
@@ -82,14 +86,26 @@ def open_shards(pattern: str, spec: str) -> Dataset:
     match = _LABEL.fullmatch(pattern)
     patterns = (match["shards"] if match else pattern).split(",")
     if len(patterns) > 2:
-        raise ValueError(f"{spec}: {len(patterns)} patterns, expected TRAIN,TEST or TEST")
-    splits = dict(zip(("test", "train"), map(open_split, reversed(patterns)), strict=False))
-    labels, classes = {}, ()
+        raise ValueError(f"{spec}: {len(patterns)} patterns, expected TRAIN,TEST or TEST{_COMMA}")
+    try:
+        splits = dict(zip(("test", "train"), map(open_split, reversed(patterns)), strict=False))
+    except ShardError as error:
+        raise ShardError(f"{error}{_COMMA if len(patterns) > 1 and ': no ' in str(error) else ''}") from error
+    labels, classes, by_cls = {}, (), bool(match and match["key"] is None)
     if match:
         found = {split: _labels(entries, match["key"]) for split, entries in splits.items()}
+        if by_cls and all(_INTEGER.fullmatch(label) for column in found.values() for label in column):
+            found = {split: list(map(int, column)) for split, column in found.items()}
         labels, classes = number_labels(spec, found)
     sets = {split: _image_set("shards", split, entries, labels.get(split)) for split, entries in splits.items()}
-    return Dataset(spec=spec, name="shards", classes=classes, train=sets.get("train"), test=sets["test"])
+    return Dataset(
+        spec=spec,
+        name="shards",
+        classes=classes,
+        train=sets.get("train"),
+        test=sets["test"],
+        report={"left_out": _left_out(splits, "cls" if by_cls else "")},
+    )
 
 
 def open_shapes(where: str, spec: str) -> Dataset:
@@ -127,6 +143,7 @@ def open_shapes(where: str, spec: str) -> Dataset:
         train=sets["train"],
         test=sets["validation"],
         templates=shapes_templates(label, board),
+        report={"left_out": _left_out(splits)},
     )
 
 
@@ -166,6 +183,18 @@ def _entry(path: Path) -> ShardEntry:
     return ShardEntry(path, index.samples, index.identity)
 
 
+def _left_out(splits: dict[str, list[ShardEntry]], read: str = "") -> dict[str, dict[str, int]]:
+    """Of each split, members by their extension that no index has, but for those `read`, and rows not selected."""
+    counts = {split: Counter() for split in splits}
+    for split, entry in ((split, entry) for split, entries in splits.items() for entry in entries):
+        index = read_index(entry.location, columns=False)
+        counts[split]["rows not selected"] += index.rows - index.samples
+        for extension, count in index.ignored.items():
+            if not read or extension.lower() != read:
+                counts[split][f"members by their extension: {'.' + extension if extension else 'none'}"] += count
+    return {split: dict(sorted((+of).items())) for split, of in counts.items()}  # without zeros
+
+
 def _image_set(
     name: str,
     split: str,
@@ -193,7 +222,7 @@ def _labels(entries: list[ShardEntry], key: str | None) -> list[str | int]:
     return [label for entry in entries for label in _cls_labels(entry)]
 
 
-def _cls_labels(entry: ShardEntry) -> Iterator[str | int]:
+def _cls_labels(entry: ShardEntry) -> Iterator[str]:
     """From the tar itself: no index knows where such members are."""
     labels = {}
     with open(entry.location, "rb", buffering=0) as file:
@@ -209,7 +238,7 @@ def _cls_labels(entry: ShardEntry) -> Iterator[str | int]:
         label = labels.get(key)
         if not label:
             raise ValueError(f"{entry.location}: sample {key}: no cls member that holds a label")
-        yield int(label) if label.isdecimal() else label
+        yield label
 
 
 def _keys(entries: list[ShardEntry]) -> Iterator[str]:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from aimv2.data.images import BadImage
+from aimv2.evals.datasets.files import why_unreadable
 from aimv2.evals.datasets.interface import Dataset, ImageSet, Texts
 
 NAMES = ("iwildcam", "camelyon17", "rxrx1", "fmow")
@@ -25,10 +26,14 @@ class _Inputs(Sequence[Image.Image]):
         return len(self.rows)
 
     def __getitem__(self, row: int) -> Image.Image:
-        """Raises BadImage for one that can't be read."""
+        """Raises BadImage for one that can't be read; OSError if the disk fails."""
         try:
             return self.found.get_input(int(self.rows[row]))
-        except Exception as error:  # Pillow raises whatever the damage leads to
+        except Exception as error:  # Pillow raises whatever the damage leads to, OSError without a number too
+            if isinstance(error, OSError) and error.errno is not None:
+                if reason := why_unreadable(error):
+                    raise BadImage(reason) from None
+                raise
             raise BadImage(f"undecodable ({type(error).__name__})") from None
 
 
@@ -36,7 +41,8 @@ def open_wilds(name: str, root: Path, download: bool) -> Dataset:
     """One of NAMES, in root/NAME_vVERSION: "train" to train on, "val" to test.
 
     Both are of the official split scheme, and "val" is out of distribution, as "test" is, which WILDS itself reports:
-    to take "val" is our choice, for its sizes are those that the AIM paper gives.
+    to take "val" is our choice, for its sizes are those that the AIM paper gives. Identities are of the version and the
+    rows, not of the files, whose paths only `wilds` knows.
     """
     try:
         import wilds
@@ -65,5 +71,8 @@ def open_wilds(name: str, root: Path, download: bool) -> Dataset:
         classes=tuple(map(str, range(int(found.n_classes)))),
         train=sets[TRAIN],
         test=sets[TEST],
-        report={"split": f"WILDS {found.version}, official: train, and the validation split out of distribution"},
+        report={
+            "split": f"WILDS {found.version}, official: train, and the validation split out of distribution",
+            "templates": "none: the classes are numbers",
+        },
     )

@@ -56,7 +56,8 @@ def fit_pca(patches: Tensor, grid: tuple[int, int], *, foreground_first: bool = 
         foreground_first: as DINOv2 (arXiv 2304.07193, figure 1) does it: the first component of all patches parts the
             foreground from the rest, the colours are the components of the foreground alone. Where DINOv2 sets
             threshold and side by hand, the threshold is Otsu's, and the background the side that more of the patches
-            at the images' edges are on.
+            at the images' edges are on. Where that leaves fewer patches than there are colours, as of a flat image,
+            nothing is parted and all is foreground.
 
     Raises:
         ValueError: other shapes, or fewer patches or dimensions than there are colours.
@@ -64,11 +65,11 @@ def fit_pca(patches: Tensor, grid: tuple[int, int], *, foreground_first: bool = 
     if patches.ndim != 3 or patches.shape[1] != grid[0] * grid[1] or patches.shape[2] < COLOURS:
         raise ValueError(f"patches {tuple(patches.shape)}: expected (B, {grid[0]} * {grid[1]}, at least {COLOURS})")
     flat = patches.double().flatten(0, 1)  # (BN, D)
+    if len(flat) < COLOURS:
+        raise ValueError(f"{len(flat)} patches of all images: expected at least {COLOURS}")
     outline = _outline(patches.double(), grid) if foreground_first else None
     if outline is not None:
         flat = flat[flat @ outline[0] > outline[1]]
-    if len(flat) < COLOURS:
-        raise ValueError(f"{len(flat)} patches of {'foreground' if outline else 'all images'}: expected {COLOURS}")
     mean, components = _components(flat, COLOURS)
     projected = (flat - mean) @ components.T
     low, high = torch.quantile(_some(projected), torch.tensor([OUTER, 1 - OUTER]).to(projected), dim=0)
@@ -117,8 +118,8 @@ def _components(x: Tensor, number: int) -> tuple[Tensor, Tensor]:
     return mean, components * torch.where(largest < 0, -1.0, 1.0)
 
 
-def _outline(patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, float]:
-    """(direction, threshold): patches whose projection is above are foreground."""
+def _outline(patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, float] | None:
+    """(direction, threshold): patches whose projection is above are foreground. None if there would be too few."""
     flat = patches.flatten(0, 1)
     mean, (direction,) = _components(flat, 1)
     scores = (patches - mean) @ direction  # (B, N)
@@ -128,7 +129,8 @@ def _outline(patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, float]:
     above = scores > threshold
     if above[:, edge.flatten()].double().mean() > above.double().mean():
         direction, threshold = -direction, -threshold
-    return direction, float(threshold + mean @ direction)
+    threshold = float(threshold + mean @ direction)
+    return (direction, threshold) if (flat @ direction > threshold).sum() >= COLOURS else None
 
 
 def _otsu(values: Tensor) -> float:

@@ -6,7 +6,8 @@ layer, judged by patches and not by pixels.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -14,16 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aimv2.evals.datasets import Dataset, held_out
+from aimv2.evals.datasets import Dataset, ImageSet, held_out
 from aimv2.evals.dense.patch_labels import BACKGROUND, IGNORED, patch_classes, patch_labels
 from aimv2.evals.dense.segmentation import Counts, class_table, segmentation_metrics
 from aimv2.evals.encoders import Encoder, parse_layers, streams
 from aimv2.evals.extraction import extract
-from aimv2.evals.results import Metric, Outcome
+from aimv2.evals.results import Outcome
 from aimv2.evals.session import Session
 
 EPS = 1e-6  # of the BatchNorm, as the attentive probe's
 HEADLINE = "miou"
+MOST_NAMED = 5  # images in a note
 NOT_READ = -1  # the prediction for patches of an image that can't be read
 
 
@@ -103,12 +105,12 @@ class PatchProbe:
             patch_labels(images, config, sides, len(names), session) for images in (data.train, data.test)
         )
         train, test = (extract(encoder, images, view, session) for images in (data.train, data.test))
-        rows = np.flatnonzero(train.readable & (labels != IGNORED).any(axis=1))
+        labelled = (labels != IGNORED).any(axis=1)
+        rows = np.flatnonzero(train.readable & labelled)
         if len(rows) < 2:
             raise ValueError(f"{data.spec}: {len(rows)} training images with labelled patches, expected at least 2")
         fitting, held = (rows[part] for part in held_out(np.zeros(len(rows)), self.held_out, self.seed))
         common = np.bincount(labels[rows][labels[rows] != IGNORED], minlength=len(names))
-        background = 0 if names[0] == BACKGROUND else None
         found = []
         for stream, features in train.arrays.items():
             heads = self.train(features, labels, fitting, len(names), session, stream)
@@ -117,13 +119,14 @@ class PatchProbe:
                 for predicted in heads.predict(features, held, session)
             ]
             found.append(_Stream(stream, heads, ious))
-        best = max(found, key=lambda one: max(one.ious))  # of equals the first
-        metrics, counts = {}, {}
         for one in found:
-            predictions = one.test(test.arrays[one.name], test.readable, session)
-            counts[one.name] = Counts.of(predictions, test_labels, len(names))
-            metrics[one.name] = segmentation_metrics(counts[one.name], common, background, self.seed)
-        return self._outcome(found, best, metrics, counts[best.name], names, data, len(held), sides, common)
+            one.test(test.arrays[one.name], test.readable, test_labels, len(names), session)
+        outcome = self._outcome(found, names, common, data.test.keys)
+        outcome.details["selection"]["on"] = f"{len(held)} held-out training images"
+        outcome.details["grid"] = list(sides)
+        for images, has in ((data.train, labelled), (data.test, (test_labels != IGNORED).any(axis=1))):
+            outcome.details["notes"] += _left_out(images, has)
+        return outcome
 
     def train(
         self,
@@ -159,47 +162,33 @@ class PatchProbe:
         return heads.eval()
 
     def _outcome(
-        self,
-        found: list["_Stream"],
-        best: "_Stream",
-        metrics: dict[str, dict[str, Metric]],
-        counts: Counts,
-        names: tuple[str, ...],
-        data: Dataset,
-        held: int,
-        sides: tuple[int, int],
-        common: np.ndarray,
+        self, found: list["_Stream"], names: tuple[str, ...], common: np.ndarray, keys: Sequence[str]
     ) -> Outcome:
+        """Of the best stream, and each one's headline."""
+        background = 0 if names[0] == BACKGROUND else None
+        metrics = {one.name: segmentation_metrics(one.counts, common, background, self.seed) for one in found}
+        best = max(found, key=lambda one: max(one.ious))  # of equals the first
         quoted = dict(metrics[best.name])
         if len(found) > 1:
             quoted |= {f"{HEADLINE}@{name}": of_stream[HEADLINE] for name, of_stream in metrics.items()}
-        lr = self.lrs[best.chosen]
-        left_out = int((~counts.images).sum())
-        notes = [f"chance is {names[int(common.argmax())]} everywhere, the most common class of training patches"]
-        notes += [f"{left_out} test images left out: no patch with a label"] if left_out else []
-        sweep = [
-            {"stream": one.name, "lr": rate, "held_out": iou}
-            for one in found
-            for rate, iou in zip(self.lrs, one.ious, strict=True)
-        ]
+        chosen = {one.name: {"lr": self.lrs[one.chosen], "held_out": max(one.ious)} for one in found}
+        counts = best.counts
         details = {
-            "selection": {
-                "on": f"{held} held-out training images",
-                "stream": best.name,
-                "lr": lr,
-                "held_out": max(best.ious),
-            },
-            "sweep": sweep,
-            "layers": {one.name: {"lr": self.lrs[one.chosen], "held_out": max(one.ious)} for one in found},
+            "selection": {"stream": best.name, **chosen[best.name]},
+            "sweep": [
+                {"stream": one.name, "lr": rate, "held_out": iou}
+                for one in found
+                for rate, iou in zip(self.lrs, one.ious, strict=True)
+            ],
+            "layers": chosen,
             "per_class": class_table(counts, names),
             "classes": list(names),
-            "grid": list(sides),
             "patches": int(counts.labelled.sum()),
-            "notes": notes,
+            "notes": [f"chance is {names[int(common.argmax())]} everywhere, the most common class of training patches"],
         }
         samples = [
             {"sample": key, "patches": int(n), "correct": float(hits / n)}
-            for key, n, hits in zip(data.test.keys, counts.labelled.sum(1), counts.hits.sum(1), strict=True)
+            for key, n, hits in zip(keys, counts.labelled.sum(1), counts.hits.sum(1), strict=True)
             if n
         ]
         return Outcome(metrics=quoted, samples=samples, details=details, tensors=best.heads.tensors(best.chosen))
@@ -256,22 +245,34 @@ class PatchHeads(nn.Module):
 
 @dataclass(slots=True)
 class _Stream:
-    """The heads of a layer, and the mean IoU of each on the held-out images."""
+    """The heads of a layer, the mean IoU of each on the held-out images, and what the best of them says of the test."""
 
     name: str
     heads: PatchHeads
     ious: list[float]
+    counts: Counts = field(init=False)
 
     @property
     def chosen(self) -> int:
         return int(np.argmax(self.ious))
 
-    def test(self, features: np.ndarray, readable: np.ndarray, session: Session) -> np.ndarray:
-        """(n, N), by the head chosen."""
+    def test(
+        self, features: np.ndarray, readable: np.ndarray, labels: np.ndarray, classes: int, session: Session
+    ) -> None:
+        """Features (n, N, D), readable (n,), labels (n, N)."""
         rows = np.flatnonzero(readable)
-        predictions = np.full(features.shape[:2], NOT_READ)
+        predictions = np.full(labels.shape, NOT_READ)
         predictions[rows] = self.heads.predict(features, rows, session)[self.chosen]
-        return predictions
+        self.counts = Counts.of(predictions, labels, classes)
+
+
+def _left_out(images: ImageSet, labelled: np.ndarray) -> list[str]:
+    """A note, if there are images without labelled patches; labelled: (n,) bool."""
+    without = [images.keys[int(row)] for row in np.flatnonzero(~labelled)]
+    if not without:
+        return []
+    shown = ", ".join(without[:MOST_NAMED]) + (", ..." if len(without) > MOST_NAMED else "")
+    return [f"{len(without)} {images.split} images left out, whose mask can't be read or labels no patch: {shown}"]
 
 
 def _read(features: np.ndarray, rows: np.ndarray, session: Session) -> Tensor:

@@ -63,8 +63,10 @@ def dense_samples(
         probe, result: as it was run and what it found, for labels and predictions.
 
     Raises:
-        ValueError: no such block, or no image that can be read.
+        ValueError: no such block, no image that can be read, or a count below 1.
     """
+    if count < 1:
+        raise ValueError(f"count {count}: expected 1 or more")
     rows = _readable(images, count)
     pixels = encoder.processor([images.image(row) for row in rows]).pixel_values  # (B, 3, S, S)
     patches = encoder.output(pixels).patches.cpu()  # (B, N, D)

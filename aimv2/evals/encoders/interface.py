@@ -5,13 +5,15 @@ B images, N patches, D width, E length of the image feature.
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from aimv2.evals.feature_store import fingerprint
 from aimv2.evals.harness import at_rest
 from aimv2.preprocessing import ProcessorConfig
 from aimv2.processor import Processor
@@ -42,6 +44,7 @@ class Encoder(ABC):
         processor: prepares images as this encoder wants them.
         layers: blocks whose mean is the output, from `@LAYERS` of the spec; empty for the encoder's own output.
         model: the module behind it.
+        settings: what the library knows of it beside the weights, as JSON: two encoders of the same weights may differ.
     """
 
     def __init__(
@@ -56,12 +59,15 @@ class Encoder(ABC):
         depth: int,
         heads: int,
         grid: tuple[int, int],
+        settings: Mapping[str, Any] | None = None,
         trained: bool = True,
     ):
         self.model, self.processor = model, Processor(config)
         self.spec, self.name, self.source, self.trained = spec, name, source, trained
         self.width, self.depth, self.heads, self.grid = width, depth, heads, grid
+        self.settings = settings or {}
         self.layers: tuple[int, ...] = ()
+        self._weights: str | None = None  # their digest, once it is known
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
     @abstractmethod
@@ -125,7 +131,7 @@ class Encoder(ABC):
         return self
 
     def describe(self) -> dict:
-        """All that tells one encoder from another, ready for JSON."""
+        """All that tells one encoder from another, ready for JSON. Weights of which none is trained are read once."""
         return {
             "spec": self.spec,
             "name": self.name,
@@ -137,10 +143,23 @@ class Encoder(ABC):
             "heads": self.heads,
             "grid": list(self.grid),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "weights": weights_digest(self.model),
+            "weights": self._weights_digest(),
+            "config": fingerprint(self.settings),
             "preprocessing": self.processor.config.to_preprocessing(),
             "preprocessing_hash": preprocessing_hash(self.processor.config),
         }
+
+    def _weights_digest(self) -> str:
+        if any(parameter.requires_grad for parameter in self.model.parameters()):
+            return weights_digest(self.model)
+        if self._weights is None:
+            self._weights = weights_digest(self.model)
+        return self._weights
+
+
+def modules_of(model: nn.Module) -> str:
+    """The tree of modules as torch prints it, for libraries whose own configuration is not all of it."""
+    return re.sub(" at 0x[0-9a-f]+", "", repr(model))
 
 
 def mean_of(outputs: Sequence[BlockOutput]) -> BlockOutput:

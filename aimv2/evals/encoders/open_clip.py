@@ -7,7 +7,7 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
-from aimv2.evals.encoders.interface import BlockOutput, Encoder
+from aimv2.evals.encoders.interface import BlockOutput, Encoder, modules_of
 from aimv2.evals.encoders.packages import optional
 from aimv2.evals.encoders.taps import tap
 from aimv2.evals.encoders.timm import TokenEncoder, has_tokens
@@ -88,7 +88,9 @@ def open_open_clip(rest: str, spec: str, image_size: int | None) -> Encoder:
     open_clip = optional("open_clip")
     model, trained = create_open_clip(rest, spec, image_size)
     visual = model.visual
-    described = {"spec": spec, "name": spec, "source": "open_clip", "trained": trained}
+    pooling = {name: getattr(visual, name, None) for name in ("pool_type", "final_ln_after_pool", "attn_pool_type")}
+    settings = {**pooling, "modules": modules_of(visual)}
+    described = {"spec": spec, "name": spec, "source": "open_clip", "settings": settings, "trained": trained}
     if isinstance(visual, open_clip.transformer.VisionTransformer):
         return ClipEncoder(visual, clip_processing(visual.preprocess_cfg, visual.patch_size[0]), **described)
     trunk = getattr(visual, "trunk", None)

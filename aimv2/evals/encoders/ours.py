@@ -5,6 +5,7 @@ B images, N patches, D width.
 
 import copy
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -56,6 +57,7 @@ def encoder_of(model: VisionEncoder, processing: ProcessorConfig, spec: str = "m
         depth=c.depth,
         heads=c.heads,
         grid=(side, side),
+        settings={name: value for name, value in asdict(c).items() if name != "checkpointing"},
     )
 
 

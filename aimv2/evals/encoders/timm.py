@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from aimv2.evals.encoders.interface import BlockOutput, Encoder
+from aimv2.evals.encoders.interface import BlockOutput, Encoder, modules_of
 from aimv2.evals.encoders.packages import optional
 from aimv2.preprocessing import ProcessorConfig
 
@@ -127,7 +127,8 @@ def open_timm(rest: str, spec: str, image_size: int | None) -> Encoder:
     if image_size is not None and hasattr(model, "set_input_size"):
         model.set_input_size((image_size, image_size))
     config = timm_processing(model, image_size)
-    described = {"spec": spec, "name": spec, "source": "timm", "trained": trained}
+    settings = timm_settings(model)
+    described = {"spec": spec, "name": spec, "source": "timm", "settings": settings, "trained": trained}
     if has_tokens(model):
         return TokenEncoder(model, model, config, **described)
     return MapEncoder(model, config, **described)
@@ -145,6 +146,12 @@ def timm_processing(model: nn.Module, image_size: int | None) -> ProcessorConfig
         data["input_size"] = (3, image_size, image_size)
     patch = model.patch_embed.patch_size[0] if has_tokens(model) else 1
     return ProcessorConfig.from_timm(data, patch if data["input_size"][1] % patch == 0 else 1)
+
+
+def timm_settings(model: nn.Module) -> dict:
+    """What its modules are, and how they are put together as far as these don't say it."""
+    pooling = {name: repr(getattr(model, name, None)) for name in ("global_pool", "num_prefix_tokens")}
+    return {"architecture": model.pretrained_cfg.get("architecture"), **pooling, "modules": modules_of(model)}
 
 
 def pooled_over_space(features: Tensor) -> Tensor:

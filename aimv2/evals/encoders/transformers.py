@@ -17,6 +17,7 @@ from aimv2.evals.encoders.taps import tap
 from aimv2.preprocessing import ProcessorConfig
 from aimv2.pretrained import resized
 
+_ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 PROCESSORS = ("CLIPImageProcessor", "SiglipImageProcessor", "ViTImageProcessor", "BitImageProcessor")
 
 
@@ -60,18 +61,19 @@ class TransformersEncoder(Encoder):
             depth=sizes.num_hidden_layers,
             heads=sizes.num_attention_heads,
             grid=(side, side),
+            settings={name: value for name, value in sizes.to_diff_dict().items() if name not in _ABOUT_FILES},
             **described,
         )
         self.family = family
         self.prefix = family.cls + getattr(sizes, "num_register_tokens", 0)
-        self.settings = {"interpolate_pos_encoding": True} if interpolate else {}
+        self.arguments = {"interpolate_pos_encoding": True} if interpolate else {}
 
     def _pass(
         self, images: Tensor, numbers: Sequence[int], output: bool
     ) -> tuple[list[BlockOutput], BlockOutput | None]:
         wanted = sorted({*numbers, *([self.depth - 1] if output else ())})
         blocks = self.vision.get_submodule(self.family.blocks)
-        found, _ = tap(lambda: self.vision(images, **self.settings), blocks, wanted, stop=True)
+        found, _ = tap(lambda: self.vision(images, **self.arguments), blocks, wanted, stop=True)
         last = self._split(self.norm(found[-1])) if output else None
         return [self._split(tokens) for tokens in found[: len(numbers)]], last
 
@@ -81,8 +83,8 @@ class TransformersEncoder(Encoder):
     def _pooled(self, images: Tensor) -> Tensor:
         if self.family.pooled == "head":
             if hasattr(self.model, "get_image_features"):
-                return self.model.get_image_features(images, **self.settings).pooler_output
-            found = self.model(images, **self.settings)
+                return self.model.get_image_features(images, **self.arguments).pooler_output
+            found = self.model(images, **self.arguments)
             pooled = found.image_embeds if "image_embeds" in found else found.pooler_output
             if pooled is not None:
                 return pooled

@@ -137,9 +137,7 @@ def _quantity(result: Result, samples: dict[str, dict], mean: float) -> str:
     if math.isclose(mean, quoted, abs_tol=1e-6):
         return result.headline
     of_patches = all("patches" in sample for sample in samples.values())
-    what = (
-        "mean over images of the share of patches that are right" if of_patches else "share of samples that are right"
-    )
+    what = "mean share of an image's patches that are right" if of_patches else "share of samples that are right"
     return f"{what} (the result's {result.headline} is {100 * quoted:.2f} %)"
 
 

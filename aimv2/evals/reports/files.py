@@ -47,7 +47,9 @@ class Result:
 
     @property
     def settings(self) -> dict:
-        return {name: value for name, value in self.protocol.items() if name != "name"}
+        """Without the name. Of settings that are files there is the beginning of a digest too."""
+        digests = {f"{name} digest": digest[:8] for name, digest in self.protocol.get("files", {}).items()}
+        return {name: value for name, value in self.protocol.items() if name not in ("name", "files")} | digests
 
     @property
     def samples_path(self) -> Path:

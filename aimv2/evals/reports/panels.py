@@ -13,6 +13,7 @@ from aimv2.evals.reports.table import Column, Table, data_titles, protocol_title
 MOST_PANELS, ACROSS = 24, 3
 MOST_LABEL = 32  # characters of a name
 BAR = 0.24  # inches
+LEAST_BARS = 3  # that a panel has room for
 CHANCE = {"color": "0.25", "linestyle": (0, (5, 3)), "linewidth": 1}
 FLOOR = {"color": "0.25", "linestyle": (0, (1, 1.6)), "linewidth": 1.4}
 RING = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "linestyle": "none"}  # of what was chosen
@@ -94,7 +95,7 @@ def grid(
     shown = list(panels.items())[:MOST_PANELS]
     across = 2 if len(shown) == 4 else min(ACROSS, len(shown))
     rows = [shown[start : start + across] for start in range(0, len(shown), across)]
-    rooms = [max(bars(lines) for _, lines in row) if bars else 0 for row in rows]
+    rooms = [max(LEAST_BARS, *(bars(lines) for _, lines in row)) if bars else 0 for row in rows]
     heights = [0.95 + BAR * room if bars else 3.2 for room in rooms]
     columns = [lines[0].column for _, lines in shown]
     levels = [level for level in levels if any(_level(column, level) is not None for column in columns)]

@@ -108,9 +108,16 @@ def data_titles(results: Sequence[Result]) -> dict[Path, str]:
     titles = {}
     for result in results:
         own, name = _spec(result), result.data["name"]
-        same = [spec for spec, sets in images[name].items() if sets & images[name][own]]  # a folder that was moved
+        same = [spec for spec, sets in images[name].items() if _overlap(sets, images[name][own])]  # a folder was moved
         titles[result.path] = name if len(same) == len(images[name]) else same[0]
     return titles
+
+
+def _overlap(some: set[tuple], others: set[tuple]) -> bool:
+    """Whether two (test, train) are the same images, as far as is known: a protocol may have no training set."""
+    return any(
+        one[0] == other[0] and (one[1] == other[1] or None in (one[1], other[1])) for one in some for other in others
+    )
 
 
 def _spec(result: Result) -> str:
@@ -167,10 +174,11 @@ def _labels(results: Sequence[Result], rows: Sequence[int]) -> dict[int, str]:
 def _judge(column: Column, footnotes: dict[str, int]) -> None:
     """Fill in chance, floor, n and what has to be said of each cell; new footnotes get the next number."""
     cells = list(column.cells.values())
-    own = Counter(_data_key(cell) for cell in cells).most_common(1)[0][0]
+    trains = all(cell.result.train is not None for cell in cells)  # one protocol does or does not
+    own = Counter(_data_key(cell, trains) for cell in cells).most_common(1)[0][0]
     seen = Counter(_geometry(cell.result) for cell in cells if not cell.result.is_floor).most_common(1)
     for cell in cells:
-        cell.comparable = _data_key(cell) == own
+        cell.comparable = _data_key(cell, trains) == own
         notes = _reservations(cell, own, seen[0][0] if seen else None)
         for note in notes + [str(note) for note in cell.result.details.get("notes", ()) if column.headline]:
             cell.notes.append(footnotes.setdefault(note, len(footnotes) + 1))
@@ -190,8 +198,8 @@ def _judge(column: Column, footnotes: dict[str, int]) -> None:
             cell.best = cell.metric.value == highest and cell.above_chance
 
 
-def _data_key(cell: Cell) -> tuple:
-    return cell.result.test, cell.result.train, cell.metric.n, cell.metric.chance
+def _data_key(cell: Cell, trains: bool) -> tuple:
+    return cell.result.test, cell.result.train if trains else None, cell.metric.n, cell.metric.chance
 
 
 def _geometry(result: Result) -> tuple | None:
@@ -207,14 +215,14 @@ def _reservations(cell: Cell, own: tuple, seen: tuple | None) -> list[str]:
         notes.append(f"Other test images or labels than the column's: n {cell.metric.n:,}. Not comparable.")
     elif (cell.metric.n, cell.metric.chance) != (n, chance):
         notes.append(f"Another count or chance than the column's: n {cell.metric.n:,}. Not comparable.")
-    if result.train != train:
+    if train is not None and result.train != train:
         notes.append("Trained on other images or labels than the column's. Not comparable.")
     geometry = _geometry(result)
     if not result.is_floor and geometry != seen and geometry and seen:
         size, resize, crop = geometry
         notes.append(f"Sees images differently than the column's others: {size} pixels, {resize}, crop {crop}.")
     duplicates = result.data.get("across_duplicates")
-    if duplicates:
+    if duplicates and result.train is not None:
         notes.append(f"{duplicates:,} test images of {result.data['name']} are in its training set too.")
     unreadable = (result.data["test"] or {}).get("unreadable")
     if unreadable:

@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 
 from aimv2.data.images import BadImage
 from aimv2.evals.datasets import open_dataset
-from aimv2.evals.datasets.folder import IMAGE_EXTENSIONS
+from aimv2.evals.datasets.files import IMAGE_EXTENSIONS
 from aimv2.evals.encoders import open_encoder
 from aimv2.evals.knn import KNN
 from aimv2.evals.run import evaluate
@@ -90,6 +90,7 @@ def test_a_careless_folder_is_counted_reported_or_refused(tree):
             },
             "val": {},
         },
+        "unused": [],
         "classes_without_training_images": ["empty"],
         "classes_without_test_images": [],
     }
@@ -167,14 +168,18 @@ def test_hidden_files_links_and_pipes(tree):
             data.train.image(list(data.train.keys).index(f"train/cat/{name}.jpg"))
 
 
-def test_identity_is_of_keys_labels_and_sizes(tree):
+def test_identity_is_of_keys_labels_sizes_and_times(tree):
     def identity():
         return open_dataset(f"folder:{tree}").train.identity
 
     first = identity()
     assert identity() == first
-    moved = shutil.copytree(tree, tree.with_name("moved"))
+    moved = shutil.copytree(tree, tree.with_name("moved"))  # with the times
     assert open_dataset(f"folder:{moved}").train.identity == first
+    status = (moved / "train/cat/a.jpg").stat()
+    os.utime(moved / "train/cat/a.jpg", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    changed = open_dataset(f"folder:{moved}")
+    assert changed.train.identity != first and changed.train.pictures != open_dataset(f"folder:{tree}").train.pictures
     (tree / "train/cat/a.jpg").write_bytes(picture(1) + b"\0")
     second = identity()
     (tree / "train/cat/a.jpg").rename(tree / "train/cat/aa.jpg")
@@ -215,15 +220,36 @@ def test_folders_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match="nowhere: not a folder"):
         open_dataset(f"folder:{tmp_path / 'nowhere'}")
     write(tmp_path, {"train/a/1.png": picture(0)})
-    with pytest.raises(ValueError, match="found none of val, test, validation: expected exactly one"):
+    with pytest.raises(ValueError, match=r"found none of val, valid, validation, test: expected exactly one$"):
         open_dataset(f"folder:{tmp_path}")
     (tmp_path / "val" / "a").mkdir(parents=True)
-    with pytest.raises(ValueError, match="no test images"):
+    write(tmp_path, {"val/1.png": picture(0), "val/2.png": picture(1)})
+    with pytest.raises(ValueError, match="val: no images in folders of classes, 2 files beside these: expected CLASS"):
         open_dataset(f"folder:{tmp_path}")
     write(tmp_path, {"test/a/1.png": picture(0)})
-    with pytest.raises(ValueError, match="found val, test of val, test, validation: expected exactly one"):
+    message = "found val, test of val, valid, validation, test: expected exactly one: folder:PATH@val takes val"
+    with pytest.raises(ValueError, match=message):
         open_dataset(f"folder:{tmp_path}")
-    shutil.rmtree(tmp_path / "val")
+    for split in ("train", "nothing"):
+        with pytest.raises(ValueError, match=f"no folder {split} to test on: found val, test"):
+            open_dataset(f"folder:{tmp_path}@{split}")
     (tmp_path / "train/a/1.png").unlink()
-    with pytest.raises(ValueError, match="no training images"):
-        open_dataset(f"folder:{tmp_path}")
+    with pytest.raises(ValueError, match="train: no images in folders of classes, 0 files beside"):
+        open_dataset(f"folder:{tmp_path}@test")
+    (tmp_path / "train").rename(tmp_path / "trained")
+    (tmp_path / "test/a/1.png").unlink()
+    (tmp_path / "test/a/1.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match=r"test: none of 1 images is there, from .*test/a/1.png on"):
+        open_dataset(f"folder:{tmp_path}@test")
+
+
+def test_which_split_is_tested(tmp_path):
+    """Train, val and test together is what many have; the path itself may have an @."""
+    root = write(tmp_path / "set@v2", {f"{split}/a/{split}.png": picture(0) for split in ("train", "val", "test", "q")})
+    for split, unused in (("val", ["test"]), ("test", ["val"]), ("q", ["val", "test"])):
+        data = open_dataset(f"folder:{root}@{split}")
+        assert list(data.train.keys) == ["train/a/train.png"] and list(data.test.keys) == [f"{split}/a/{split}.png"]
+        assert data.report["unused"] == unused and data.name == "set@v2"
+    (root / "val").rename(root / "valid")
+    (root / "test").rename(root / "other")
+    assert open_dataset(f"folder:{root}").test.split == "valid"

@@ -1,5 +1,7 @@
 import io
+import os
 import pickle
+import shutil
 import sys
 
 import numpy as np
@@ -61,15 +63,77 @@ def test_images_and_labels_are_the_rows(tmp_path, kind):
         data.test.image(2)
 
 
-def test_identity_is_of_the_images_not_of_where_they_are(tmp_path):
-    def identity(name, kind, train):
-        folder = save(tmp_path / name, kind, train=train, test=rows([0]))
+@pytest.mark.parametrize("kind", ["saved", "parquet", "images"])
+def test_identity_is_of_the_images_not_of_where_they_are(tmp_path, kind):
+    def identity(folder):
         return open_dataset(f"hf:{folder}").train.identity
 
+    if kind == "images":
+        for path in ("train/ant/a.png", "train/bee/b.png", "test/ant/c.png", "test/bee/d.png"):
+            (tmp_path / "set" / path).parent.mkdir(parents=True)
+            (tmp_path / "set" / path).write_bytes(encode(1))
+    else:
+        save(tmp_path / "set", kind, train=rows([2, 0]), test=rows([0]))
+    first = identity(tmp_path / "set")
+    moved = shutil.copytree(tmp_path / "set", tmp_path / "moved")  # with the times
+    assert identity(moved) == first
+    file = max(path for path in moved.rglob("train*" if kind == "parquet" else "train/**/*") if path.is_file())
+    os.utime(file, ns=(0, 0))  # as a write of as many bytes would
+    assert identity(moved) != first
+
+
+def test_identity_is_of_the_sizes_of_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("aimv2.evals.datasets.huggingface._folder_stamps", lambda folder: b"")
     same = rows([2, 0])
     other = datasets.Dataset.from_dict({"image": [encode(0) + b"\0", encode(1)], "label": [2, 0]}, same.features)
-    found = [identity("a", "saved", same), identity("b", "parquet", same), identity("c", "saved", rows([2, 1]))]
-    assert found[0] == found[1] and len({*found, identity("d", "saved", other)}) == 3
+    found = [
+        open_dataset(f"hf:{save(tmp_path / name, kind, train=train, test=rows([0]))}").train.identity
+        for name, kind, train in (
+            ("a", "saved", same),
+            ("b", "parquet", same),
+            ("c", "saved", rows([2, 1])),
+            ("d", "saved", other),
+        )
+    ]
+    assert found[0] == found[1] and len(set(found)) == 3
+
+
+def test_classes_that_are_numbered_otherwise_in_another_split(tmp_path):
+    for name, names, message in (
+        ("order", ("dog", "cat", "fish"), "class 0 is 'cat' in train and 'dog' in test"),
+        ("more", ("cat", "dog", "fish", "owl"), "class 3 is None in train and 'owl' in test"),
+    ):
+        folder = save(tmp_path / name, train=rows([0, 1]), test=rows([0, 1], names=names))
+        with pytest.raises(ValueError, match=message):
+            open_dataset(f"hf:{folder}")
+
+
+def test_splits_of_other_columns(tmp_path):
+    plain, other = rows([0, 1]), rows([0, 1]).rename_column("image", "photo")
+    folder = save(tmp_path / "a", train=plain, test=plain.remove_columns("label"), validation=plain)
+    assert open_dataset(f"hf:{folder}").report["splits"] == {"train": "train", "test": "validation", "unused": ["test"]}
+    with pytest.raises(ValueError, match=r"test has no column 'image', but \['photo', 'label'\]"):
+        open_dataset(f"hf:{save(tmp_path / 'b', train=plain, test=other)}")
+
+
+def test_damage_is_said_in_one_line(tmp_path):
+    parquet = save(tmp_path / "a", "parquet", train=rows([0, 1]), test=rows([0]))
+    (parquet / "test-00000-of-00001.parquet").write_bytes(b"no parquet")
+    arrow = save(tmp_path / "b", train=rows([0, 1]), test=rows([0]))
+    file = next((arrow / "test").glob("*.arrow"))
+    file.write_bytes(file.read_bytes()[:100])
+    state = save(tmp_path / "c", train=rows([0, 1]), test=rows([0]))
+    (state / "test" / "state.json").write_text("{}")
+    for folder, message in ((parquet, "Parquet magic bytes not found"), (arrow, "metadata"), (state, "missing '_data")):
+        with pytest.raises(ValueError, match=f"^{folder}: .*{message}") as error:
+            open_dataset(f"hf:{folder}")
+        assert "\n" not in str(error.value)
+
+
+def test_a_folder_with_an_at(tmp_path):
+    folder = save(tmp_path / "set@v2", train=rows([0, 1]), test=rows([0]))
+    for spec in (f"hf:{folder}", f"hf:{folder}@label"):
+        assert open_dataset(spec).report["columns"] == ["image", "label"]
 
 
 def test_an_imagefolder(tmp_path):

@@ -32,6 +32,8 @@ def test_texts_are_a_list_of_texts(texts):
 def test_texts_keep_names_that_are_not_unicode_and_where_they_end():
     name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
     assert Texts([name])[0] == name
+    with pytest.raises(ValueError, match=r"'a\\ud800.jpg': no file can have this name"):
+        Texts(["a\ud800.jpg"])
     assert Texts(["ab", "c"]).digest != Texts(["a", "bc"]).digest
 
 
@@ -83,6 +85,10 @@ def test_what_is_not_there_is_said():
     for rows in ([6], [-1]):
         with pytest.raises(IndexError, match="of 6"):
             images.subset(rows)
+    for rows in ([True, False] * 3, [1.0], ["1"]):
+        with pytest.raises(ValueError, match=r"rows of type .*, expected the numbers of rows"):
+            images.subset(rows)
+    assert len(images.subset([])) == 0
     with pytest.raises(ValueError, match="5 labels for 6 keys"):
         image_set(labels=np.zeros(5))
 
@@ -104,10 +110,10 @@ def test_held_out(labels, share, seed):
     assert (np.diff(train) > 0).all() and (np.diff(out) > 0).all() and len(out) >= 1 and len(train) >= 1
     assert all(map(np.array_equal, held_out(labels, share, seed), (train, out)))
     classes, counts = np.unique(labels, return_counts=True)
+    if 2 * np.sum(counts == 1) > len(labels):  # these are one class
+        labels = np.where(np.isin(labels, classes[counts == 1]), 99, labels)
+        classes, counts = np.unique(labels, return_counts=True)
     several = counts > 1
-    if not several.any():
-        assert len(out) == min(max(1, round(share * len(labels))), len(labels) - 1)
-        return
     taken = np.array([(labels[out] == each).sum() for each in classes])
     assert (taken[~several] == 0).all() and (taken < counts)[several].all()
     # Rounded up or down, but for the one row that is always held out.
@@ -128,7 +134,16 @@ def test_held_out_by_hand():
     assert np.sum((counts - 30) ** 2 / 30) < 27.9  # chi squared, 9 degrees of freedom, p = 0.001
 
 
-def test_held_out_is_fast_enough_for_the_largest_sets_and_stays_whole():
+def test_held_out_where_most_classes_have_one_row():
+    """One class of two among a thousand: without the others a single row would be held out."""
+    labels = np.r_[np.arange(1000), 0]
+    train, out = held_out(labels)
+    assert len(out) == 100 and len(train) == 901 and len(set(labels[out])) == 100
+    labels = np.r_[np.arange(500), np.repeat(np.arange(500, 600), 5)]  # half of the rows: by class as ever
+    assert len(held_out(labels)[1]) == 50 and (labels[held_out(labels)[1]] >= 500).all()
+
+
+def test_held_out_of_a_million_rows():
     train, out = held_out(np.arange(1_000_000) % 22_000)
     assert len(out) == 100_000 and len(train) == 900_000
 

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 
 import pytest
 from PIL import Image
@@ -62,7 +64,10 @@ def test_captions_are_part_of_the_identity(tmp_path):
     first = open_dataset(f"coco:{write(tmp_path / 'a', 'coco', '{}')}").test.identity
     records = [RECORDS[0] | {"texts": ["other"]}, *RECORDS[1:]]
     assert open_dataset(f"coco:{write(tmp_path / 'b', 'coco', '{}', records)}").test.identity != first
-    assert open_dataset(f"coco:{write(tmp_path / 'c', 'coco', '{}')}").test.identity == first
+    moved = shutil.copytree(tmp_path / "a", tmp_path / "c")  # with the times
+    assert open_dataset(f"coco:{moved}").test.identity == first
+    os.utime(moved / "val2014" / "COCO_1.png", ns=(0, 0))
+    assert open_dataset(f"coco:{moved}").test.identity != first
 
 
 def test_files_that_are_refused(tmp_path):
@@ -77,6 +82,8 @@ def test_files_that_are_refused(tmp_path):
     for text in ("{", "[]", '{"images": [{"split": "test"}]}', '{"images": [1]}', '{"images": {"a": 1}}'):
         with pytest.raises(ValueError, match="not a set of images and sentences"):
             opened(text=text)
+    with pytest.raises(ValueError, match=r"not a set of images and sentences .*5 is no name"):
+        opened(text='{"images": [{"split": "test", "filename": 5, "sentences": []}]}')
     with pytest.raises(ValueError, match="no image of the split 'test'"):
         opened({"split": "val"})
     with pytest.raises(ValueError, match=r"COCO_1.png has no caption"):

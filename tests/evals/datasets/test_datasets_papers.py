@@ -1,6 +1,9 @@
 """Each dataset is made in a small way in its own layout. Checksums, which only the real files have, are not checked."""
 
+import errno
+import hashlib
 import json
+import os
 import pickle
 import sys
 
@@ -10,8 +13,10 @@ import torch
 import torchvision.datasets as published
 from PIL import Image
 
+from aimv2.data.images import BadImage
 from aimv2.evals.datasets import open_dataset
 from aimv2.evals.datasets.opening import PAPERS
+from aimv2.evals.datasets.wilds import _Inputs
 
 
 def picture(path, colour=0):
@@ -139,6 +144,9 @@ def test_pcam(tmp_path):
     for images in (data.train, pickle.loads(pickle.dumps(data.train))):
         for i, (image, label) in enumerate(expected[i] for i in range(3)):
             assert np.array_equal(np.asarray(images.image(i)), np.asarray(image)) and images.labels[i] == label
+    os.utime(tmp_path / "pcam" / "camelyonpatch_level_2_split_test_x.h5", ns=(0, 0))
+    again = open_dataset("pcam", root=tmp_path)
+    assert again.test.pictures != data.test.pictures and again.train.identity == data.train.identity
 
 
 def test_eurosat_is_split_by_class_and_always_alike(tmp_path):
@@ -146,14 +154,22 @@ def test_eurosat_is_split_by_class_and_always_alike(tmp_path):
         for n in range(count):
             picture(tmp_path / "eurosat" / "2750" / each / f"{each}_{n}.png", n)
     data = open_dataset("eurosat", root=tmp_path)
-    assert data.classes == ("AnnualCrop", "River") and "no official one" in data.report["split"]
+    assert data.classes == ("annual crop", "river") and "no official one" in data.report["split"]
     for images, share in ((data.train, 0.6), (data.test, 0.2)):
         assert np.bincount(images.labels).tolist() == [40 * share, 20 * share]
         for i, key in enumerate(images.keys):
-            assert key.split("/")[2] == data.classes[images.labels[i]]
+            assert key.split("/")[2] == ("AnnualCrop", "River")[images.labels[i]]
     assert not set(data.train.keys) & set(data.test.keys)
+    drawn = sorted((f"River_{n}.png" for n in range(20)), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    for images, expected in ((data.test, drawn[:4]), (data.train, drawn[8:])):
+        assert {os.path.basename(key) for key in images.keys if "River" in key} == set(expected)
     again = open_dataset("eurosat", root=tmp_path)
     assert (again.train.identity, again.test.identity) == (data.train.identity, data.test.identity)
+    (tmp_path / data.test.keys[0]).unlink()
+    again = open_dataset("eurosat", root=tmp_path)
+    # The shares of the class's other 39 (or 19) images begin and end elsewhere, by one image at most.
+    assert len(set(data.test.keys) - set(again.test.keys)) <= 2
+    assert not set(data.test.keys) & set(again.train.keys) and not set(data.train.keys) & set(again.test.keys)
 
 
 def inat(folder, images):
@@ -172,12 +188,31 @@ def inat(folder, images):
 
 
 @pytest.mark.parametrize("images", ["2018", "train_val2018"])
-def test_inat18(tmp_path, images):
+def test_inat18(tmp_path, images, monkeypatch):
     inat(tmp_path / "inaturalist", images)
     data = open_dataset("inat18", root=tmp_path)
     assert data.classes == ("3", "7") and data.test.split == "val"
+    assert data.templates is None and data.report["templates"] == "none: the classes are numbers"
     assert labelled(data.train) == {f"{images}/Aves/7/4.jpg": 0, f"{images}/Aves/7/5.jpg": 1}
     assert pixel(data.test, 0) == 9
+    monkeypatch.setattr(published.INaturalist, "download", None)
+    assert len(open_dataset("inat18", root=tmp_path, download=True).train) == 2  # which is there: not again
+    record = json.loads((tmp_path / "inaturalist" / "val2018.json").read_text())
+    for text, message in (
+        (
+            json.dumps(record | {"annotations": [{"image_id": 1, "category_id": 7}]}),
+            r"val2018.json: annotation .* is of no",
+        ),
+        (json.dumps(record | {"images": None}), "val2018.json: no list of images"),
+        ("<html>", r"val2018.json: no JSON \(Expecting value"),
+        (
+            json.dumps(record | {"images": [{"id": 9, "file_name": "train_val2018/9.jpg"}]}),
+            f"inat18 val: none of 1 images is there, from .*{images}/9.jpg on",
+        ),
+    ):
+        (tmp_path / "inaturalist" / "val2018.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            open_dataset("inat18", root=tmp_path)
     (tmp_path / "inaturalist" / "val2018.json").unlink()
     with pytest.raises(ValueError, match=r"val2018.json: no such file: it is in val2018.json.tar.gz"):
         open_dataset("inat18", root=tmp_path)
@@ -195,7 +230,33 @@ def test_imagenet(tmp_path, layout):
     data = open_dataset("imagenet", root=tmp_path)
     assert data.classes == (("crane", "crane, derrick") if layout == "torchvision" else tuple(names))
     assert labelled(data.test) == {"val/n02012849/n02012849_2.JPEG": 0, "val/n03126707/n03126707_2.JPEG": 1}
-    assert data.train.labels.tolist() == [0, 1] and pixel(data.train, 0) == 1 and data.templates is None
+    assert data.train.labels.tolist() == [0, 1] and pixel(data.train, 0) == 1 and data.name == "imagenet"
+    assert data.report["names"].startswith("WordNet's" if layout == "torchvision" else "none: other folders")
+    assert (data.templates is None) == (layout == "folders")  # no prompt can have n02012849
+    if layout == "torchvision":
+        (folder / "meta.bin").write_bytes(b"no meta")
+        with pytest.raises(ValueError, match=r"meta.bin: damaged"):
+            open_dataset("imagenet", root=tmp_path)
+
+
+def test_imagenet_has_the_names_and_templates_of_clip(tmp_path, monkeypatch):
+    """timm knows the WordNet ids, by number, and open_clip the names."""
+    open_clip, timm = pytest.importorskip("open_clip"), pytest.importorskip("timm.data")
+    folder, known = tmp_path / "imagenet", timm.ImageNetInfo()
+    wnids = [known.index_to_label_name(number) for number in range(1000)]
+    for split in ("val", "test"):
+        for wnid in wnids:
+            (folder / split / wnid).mkdir(parents=True)
+    picture(folder / "val" / wnids[207] / "1.JPEG")
+    data = open_dataset("imagenet", root=tmp_path)
+    assert data.classes[data.test.labels[0]] == "Golden Retriever" == open_clip.IMAGENET_CLASSNAMES[207]
+    assert len(data.templates) == 80 and data.templates[0] == "a bad photo of a {}." and data.test.split == "val"
+    for number in (0, 207, 980):  # the ids are in the order of the names
+        first = known.index_to_description(number).partition(",")[0]
+        assert first.lower() == data.classes[number].lower()
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    data = open_dataset("imagenet", root=tmp_path)
+    assert data.classes == tuple(wnids) and data.templates is None and "without open_clip" in data.report["names"]
 
 
 def test_infograph(tmp_path):
@@ -208,6 +269,15 @@ def test_infograph(tmp_path):
         (tmp_path / "domainnet" / f"infograph_{split}.txt").write_text("\n".join(lines) + "\n")
     data = open_dataset("infograph", root=tmp_path)
     assert data.classes == ("an axe", "ant") and data.train.labels.tolist() == [1, 0] and pixel(data.test, 1) == 2
+    for text, message in (
+        ("404\n", "infograph_test.txt: line '404', expected a path and the number of a class"),
+        ("infograph/ant/1.jpg x\n", "line 'infograph/ant/1.jpg x'"),
+        ("\n", "infograph_test.txt: empty"),
+        ("infograph/ant/none.jpg 1\n", "infograph test: none of 1 images is there, from .*ant/none.jpg on"),
+    ):
+        (tmp_path / "domainnet" / "infograph_test.txt").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            open_dataset("infograph", root=tmp_path)
 
 
 def test_camelyon17_trains_on_train_and_tests_on_another_hospital(tmp_path):
@@ -229,6 +299,24 @@ def test_camelyon17_trains_on_train_and_tests_on_another_hospital(tmp_path):
     assert len(data.classes) == 2 and "out of distribution" in data.report["split"]
 
 
+def test_a_failing_disk_is_no_bad_image(tmp_path):
+    """As for files of ours; a stand-in for `wilds`, which opens them itself."""
+    (tmp_path / "bad.png").write_bytes(b"404 not found")
+
+    class Found:
+        def get_input(self, row):
+            if row == 2:
+                raise OSError(errno.EIO, "Input/output error")
+            return Image.open(tmp_path / ("none.png", "bad.png")[row]).convert("RGB")
+
+    images = _Inputs(Found(), np.arange(3))
+    for row, reason in enumerate(("no such file", "undecodable")):
+        with pytest.raises(BadImage, match=reason):
+            images[row]
+    with pytest.raises(OSError, match="Input/output error"):
+        images[2]
+
+
 @pytest.mark.parametrize("name", ["iwildcam", "camelyon17", "rxrx1", "fmow"])
 def test_wilds_is_named_where_it_is_missing(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "wilds", None)
@@ -240,7 +328,7 @@ def test_wilds_is_named_where_it_is_missing(tmp_path, monkeypatch, name):
 def test_what_is_not_there_is_said_in_one_line(tmp_path, name):
     with pytest.raises(ValueError, match=str(tmp_path)) as error:
         open_dataset(name, root=tmp_path)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and ".." not in str(error.value)
     with pytest.raises(ValueError, match=f"{name}: where is it"):
         open_dataset(name)
 

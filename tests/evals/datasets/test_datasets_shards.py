@@ -155,6 +155,43 @@ def test_labels_of_cls_members(tmp_path):
         open_dataset(f"shards:{tmp_path}/train.tar,{tmp_path}/test.tar@cls")
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (("10", "9", "-1", "0"), ("-1", "0", "9", "10")),
+        (("007", "7"), ("007", "7")),
+        (("7", "²"), ("7", "²")),
+        (("10", "9", "cat"), ("10", "9", "cat")),
+    ],
+)
+def test_cls_are_integers_if_all_are_written_as_such(tmp_path, labels, classes):
+    """Of both splits: what is tested may be numbers only."""
+    files = [
+        (f"{i}.{part}", picture(i) if part == "jpg" else label.encode())
+        for i, label in enumerate(labels)
+        for part in ("jpg", "cls")
+    ]
+    write_tar(tmp_path / "train.tar", files)
+    write_tar(tmp_path / "test.tar", files[:4])
+    data = open_dataset(f"shards:{tmp_path}/train.tar,{tmp_path}/test.tar@cls")
+    assert data.classes == classes
+    for images in (data.train, data.test):
+        assert [data.classes[number] for number in images.labels] == list(labels[: len(images)])
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    jpg = picture(0)
+    write_tar(tmp_path / "0.tar", [("x.image", jpg), ("x.cls", b"1"), ("y.jpg", jpg), ("y.cls", b"7"), ("y.npy", b"")])
+    assert open_dataset(f"shards:{tmp_path}/0.tar@cls").report["left_out"] == {
+        "test": {"members by their extension: .image": 1, "members by their extension: .npy": 1}
+    }
+    write_samples(tmp_path / "1.tar", [sample("a"), sample("b"), sample("a")])
+    build_index(tmp_path / "1.tar")
+    select_rows(tmp_path / "1.tar", [1])
+    spec = f"shards:{tmp_path}/1.tar,{tmp_path}/1.tar@json.answer.class"
+    assert open_dataset(spec).report["left_out"] == {split: {"rows not selected": 2} for split in ("train", "test")}
+
+
 def test_captions_without_labels_are_for_retrieval(tmp_path):
     texts = [{"txt": b"one\n"}, {"json": b'{"caption": "two"}', "txt": b"other"}, {"json": b"{}", "txt": b"three"}]
     write_samples(tmp_path / "0.tar", [{"jpg": picture(0)} | members for members in texts])
@@ -191,6 +228,10 @@ def test_shards_that_are_refused(tmp_path):
         open_dataset(f"shards:{tmp_path}/0.tar,{tmp_path}/2.tar@json.answer.class")
     with pytest.raises(ValueError, match="3 patterns, expected TRAIN,TEST or TEST"):
         open_dataset("shards:a,b,c")
+    with pytest.raises(
+        ShardError, match="no such file; the comma comes between TRAIN and TEST, and can't be part of a path"
+    ):
+        open_dataset(f"shards:{tmp_path}/a,b/0.tar")
     with pytest.raises(ShardError, match=re.escape(f"{tmp_path}/9.tar: no such file")):
         open_dataset(f"shards:{tmp_path}/9.tar")
     with pytest.raises(ValueError, match="sample 000001: no captions: expected a txt, or in the json one of captions"):

@@ -43,6 +43,17 @@ def test_components_are_orthonormal_with_a_fixed_sign(seed, images, width):
     assert 0 <= colours.min() <= colours.max() <= 1
 
 
+@pytest.mark.parametrize("bright", [0, 1, 2])
+def test_where_nothing_is_parted_all_is_foreground(bright):
+    """A flat image, and one with fewer bright patches than there are colours."""
+    x = torch.full((1, 20, 5), 1.7)
+    x[0, 6 : 6 + bright] += 3.0
+    found = fit_pca(x, GRID, foreground_first=True)
+    assert found.outline is None
+    assert found.foreground(x).all()
+    assert torch.isfinite(found.colours(x)).all()
+
+
 def test_colours_do_not_depend_on_the_order_of_images():
     x = patches()
     first, second = fit_pca(x, GRID), fit_pca(x.flip(0), GRID)

@@ -98,6 +98,37 @@ def test_blocks_are_counted_from_the_end_too():
             dense_samples(encoder, data.test, QUIET, block=block)
 
 
+def test_a_flat_image_is_drawn_as_any_other(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 56, 56, 3), np.uint8)
+    pixels[1] = 255
+    keys = ["0", "1", "2"]
+    images = ImageSet(name="made", split="test", images=Pictures(pixels), keys=keys, digest="white")
+    found = dense_samples(open_encoder("pixels:32"), images, QUIET, count=3)
+    assert len(found) == 3
+    assert draw_dense(found, (), tmp_path / "dense.png").exists()
+
+
+class Counted(Pictures):
+    """How often an image was decoded."""
+
+    read = 0
+
+    def __getitem__(self, row: int) -> Image.Image:
+        self.read += 1
+        return super().__getitem__(row)
+
+
+def test_no_more_images_are_read_than_drawn():
+    pictures = Counted(np.zeros((50, 56, 56, 3), np.uint8))
+    keys = [f"{row}" for row in range(50)]
+    images = ImageSet(name="made", split="test", images=pictures, keys=keys, digest="counted")
+    assert len(dense_samples(open_encoder("pixels:32"), images, QUIET, count=2)) == 2
+    assert pictures.read <= 2 * 2  # once to know that it can be read
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"count {count}: expected 1 or more"):
+            dense_samples(open_encoder("pixels:32"), images, QUIET, count=count)
+
+
 def test_no_image_that_can_be_read():
     with pytest.raises(ValueError, match="no image that can be read"):
         dense_samples(open_encoder("pixels:32"), image_set(2, 0, bad=(0, 1)), QUIET)

@@ -1,4 +1,5 @@
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -53,8 +54,19 @@ def test_data_without_labels_of_patches_are_drawn(dense, tmp_path):
     pytest.importorskip("sklearn")
     code, out, _ = dense("--encoder", "pixels", "--data", "digits", "--pictures", 1)
     assert code == 0
-    assert [path.name for path in (tmp_path / "out").glob("*.*")] == ["dense-digits-pixels.png"]
-    assert "dense-digits-pixels.png" in out
+    (first,) = (tmp_path / "out").glob("*.*")
+    assert re.fullmatch(r"dense-digits-pixels-[0-9a-f]{8}\.png", first.name)
+    assert str(first) in out
+    assert dense("--encoder", "pixels", "--data", "digits", "--pictures", 1, "--image-size", 64)[0] == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2  # pictures of another size beside them
+
+
+def test_no_pictures(dense, tmp_path):
+    pytest.importorskip("sklearn")
+    assert dense("--encoder", "pixels", "--data", "digits", "--pictures", 0) == (0, "", "")
+    assert not list(tmp_path.rglob("*.png"))
+    code, out, errors = dense("--encoder", "pixels", "--data", "digits", "--pictures", -1)
+    assert (code, out, errors) == (1, "", "error: --pictures -1: expected 0 or more\n")
 
 
 def test_errors_are_one_line(dense):

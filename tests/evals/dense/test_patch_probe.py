@@ -137,6 +137,23 @@ def test_images_that_can_not_be_read():
     assert [sample["correct"] for sample in found.samples] == [0.0] + [1.0] * 9
 
 
+def test_images_whose_masks_can_not_be_read_are_noted():
+    """2 of 20 training masks are damaged, a third labels nothing; so is one of 10 test masks."""
+    data = dataset()
+    data.train, data.test = image_set(20, 1, "train"), image_set(10, 2, "test")
+    for images, bad in ((data.train, (5, 7)), (data.test, (1,))):
+        masks = Pictures(images.mask(row) for row in range(len(images)))
+        masks.bad = bad
+        images._whole["masks"] = masks
+    data.train._whole["masks"][9] = Image.new("L", (4, 4), 255)
+    found = PatchProbe(**FEW).run(Patches(oracle), data, QUIET)
+    assert found.details["notes"][1:] == [
+        "3 train images left out, whose mask can't be read or labels no patch: 0005, 0007, 0009",
+        "1 test images left out, whose mask can't be read or labels no patch: 0001",
+    ]
+    assert [sample["sample"] for sample in found.samples] == [f"{row:04d}" for row in (0, *range(2, 10))]
+
+
 def test_the_kept_head_gives_the_samples():
     data, encoder = dataset(), Patches(noise, oracle)
     found = PatchProbe(layers="1", **FEW).run(encoder, data, QUIET)

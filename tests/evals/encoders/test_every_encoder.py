@@ -8,6 +8,7 @@ import torch
 from small_encoders import block_modules, images_for
 
 from aimv2.evals.encoders import BlockOutput, open_encoder, parse_layers, streams
+from aimv2.evals.encoders.interface import weights_digest
 
 
 def test_what_it_says_of_itself(encoder):
@@ -18,6 +19,7 @@ def test_what_it_says_of_itself(encoder):
     assert description["parameters"] == sum(p.numel() for p in encoder.model.parameters())
     for digest in ("weights", "preprocessing_hash"):
         assert re.fullmatch("[0-9a-f]{64}", description[digest])
+    assert re.fullmatch("[0-9a-f]{16}", description["config"])
     assert len(block_modules(encoder)) == (encoder.depth if encoder.source != "pixels" else 0)
     assert encoder.width % encoder.heads == 0
 
@@ -144,9 +146,18 @@ def test_the_digest_follows_the_weights(encoder):
     parameters = list(encoder.model.parameters())
     if not parameters:
         pytest.skip("no weights")
-    before = encoder.describe()["weights"]
+    before = weights_digest(encoder.model)
+    assert encoder.describe()["weights"] == before
     value = parameters[-1].data.flatten()[0].item()
     parameters[-1].data.view(-1)[0] = value + 1
-    assert encoder.describe()["weights"] != before
+    assert weights_digest(encoder.model) != before
     parameters[-1].data.view(-1)[0] = value
-    assert encoder.describe()["weights"] == before
+    assert weights_digest(encoder.model) == before
+
+
+def test_weights_are_read_once(encoder, monkeypatch):
+    """Of a large encoder that takes seconds, and each result describes it several times."""
+    read = []
+    monkeypatch.setattr("aimv2.evals.encoders.interface.weights_digest", lambda model: read.append(model) or "")
+    first = encoder.describe()
+    assert encoder.average((0,)).describe() == first | {"layers": [0]} and len(read) == 1

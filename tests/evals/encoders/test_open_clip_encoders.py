@@ -170,3 +170,15 @@ def test_weights_that_do_not_fit(spec_of, weights, tmp_path):
     with pytest.raises(ValueError, match=r"Missing key.*visual\.ln_post\.weight") as error:
         open_encoder(f"{spec_of('tiny-clip')},{tmp_path / 'part.pt'}")
     assert "\n" not in str(error.value)
+
+
+def test_what_is_not_in_the_weights_is_described(spec_of, tmp_path):
+    """Untrained weights are drawn in the same order, whatever the activation."""
+    first = open_encoder(spec_of("tiny-clip")).describe()
+    for name, changes, vision in (("quick", {"quick_gelu": True}, {}), ("mean", {}, {"pool_type": "avg"})):
+        entry = json.loads(json.dumps(open_clip.get_model_config("tiny-clip"))) | changes
+        entry["vision_cfg"] |= vision
+        (tmp_path / f"tiny-clip-{name}.json").write_text(json.dumps(entry))
+        open_clip.add_model_config(tmp_path / f"tiny-clip-{name}.json")
+        other = open_encoder(f"open_clip:tiny-clip-{name}").describe()
+        assert other["weights"] == first["weights"] and other["config"] != first["config"]

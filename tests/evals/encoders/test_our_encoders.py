@@ -84,7 +84,8 @@ def test_untrained_with_the_architecture_of_a_file(export):
     assert (untrained.name, untrained.source, untrained.trained) == ("random-run", "aimv2", False)
     pairs = zip(trained.model.parameters(), untrained.model.parameters(), strict=True)
     assert not any(torch.equal(one, other) for one, other in pairs)
-    same = {"source", "layers", "width", "depth", "heads", "grid", "parameters", "preprocessing", "preprocessing_hash"}
+    same = {"config", "source", "layers", "width", "depth", "heads", "grid", "parameters"}
+    same |= {"preprocessing", "preprocessing_hash"}
     one, other = trained.describe(), untrained.describe()
     assert {key for key in one if one[key] == other[key]} == same
 
@@ -136,6 +137,13 @@ def test_its_weights_are_those_of_now():
     assert encoder.describe()["weights"] != before[0]
     torch.testing.assert_close(encoder.pooled(images), 2 * before[1])  # the final norm's factor
     assert json.dumps(encoder.describe())
+
+
+def test_what_is_not_in_the_weights_is_described():
+    def config(**changes):
+        return encoder_of(random_encoder(replace(V2, **changes)), OURS).describe()["config"]
+
+    assert config() == config(checkpointing=True) != config(norm_eps=1e-6)
 
 
 def test_native_training_needs_a_size():

@@ -1,7 +1,10 @@
 """timm's models against timm's own functions, and hooks on its blocks."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_encoders import images_for
 
 from aimv2.evals.encoders import open_encoder
@@ -185,3 +188,19 @@ def test_specs_that_are_refused(spec, message):
     with pytest.raises(ValueError, match=message) as error:
         open_encoder(spec)
     assert "\n" not in str(error.value) and str(error.value).startswith(f"{spec}: ")
+
+
+def test_what_is_not_in_the_weights_is_described(tmp_path):
+    """A folder's activation and pooling are in its config alone."""
+    state, described = timm.create_model("test_vit").state_dict(), []
+    for name, arguments in (
+        ("plain", {}),
+        ("act", {"act_layer": "relu"}),
+        ("pool", {"global_pool": "avg", "fc_norm": False}),
+    ):
+        entry = {"architecture": "test_vit", "num_classes": 1000, "model_args": arguments, "pretrained_cfg": {}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(entry))
+        save_file(state, tmp_path / name / "model.safetensors")
+        described.append(open_encoder(f"timm:local-dir:{tmp_path / name}").describe())
+    assert len({each["weights"] for each in described}) == 1 and len({each["config"] for each in described}) == 3

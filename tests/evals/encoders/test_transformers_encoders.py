@@ -162,3 +162,22 @@ def test_native_images_need_a_size(spec_of, tmp_path):
     with pytest.raises(ValueError, match="expected an image_size"):
         open_encoder(f"hf:{tmp_path / 'm'}")
     assert open_encoder(f"hf:{tmp_path / 'm'}", image_size=32).grid == (4, 4)
+
+
+@pytest.mark.parametrize("name", ["hf-vit", "hf-clip"])
+def test_what_is_not_in_the_weights_is_described(spec_of, name, tmp_path):
+    """Another activation gives other features of the same weights; who wrote the file, or where it is, does not."""
+    folder = shutil.copytree(spec_of(name).removeprefix("hf:"), tmp_path / "copy")
+    described = [open_encoder(spec_of(name)).describe()]
+    record = json.loads((folder / "config.json").read_text())
+    vision = record.get("vision_config", record)
+    for changes, where in (
+        ({"transformers_version": "5.0.0", "architectures": None}, record),
+        ({"hidden_act": "tanh"}, vision),
+    ):
+        where.update(changes)
+        (folder / "config.json").write_text(json.dumps(record))
+        described.append(open_encoder(f"hf:{folder}").describe())
+    assert len({each["weights"] for each in described}) == 1
+    first, same, other = (each["config"] for each in described)
+    assert first == same != other

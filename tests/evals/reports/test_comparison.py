@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from made_results import result, write_result
+from made_results import entry, result, write_result
 from scipy import stats
 
 from aimv2.evals.reports.comparison import compare, paired
@@ -94,10 +94,47 @@ def rewrite(path, change) -> None:
 def test_files_are_matched_by_key_not_by_order(tmp_path):
     a, b = two(tmp_path)
     rewrite(b, lambda lines: lines[::-1])
-    found = compare(a, b)
+    found = compare(a, b).comparison
     assert (found.a, found.b, found.n) == (0.75, 0.5, 4)
     assert (found.only_a, found.only_b) == (1, 0)
-    assert compare(a, b) == found  # the same seed
+    assert compare(a, b).comparison == found  # the same seed
+
+
+def test_what_is_compared_is_said(tmp_path):
+    """The headline only where the samples' mean is that."""
+    right = write_result(tmp_path / "a", result("timm:a", 0.75), np.array([1, 1, 0, 1]))
+    other = write_result(tmp_path / "b", result("timm:b", 0.5), np.array([1, 1, 0, 1]))
+    assert compare(right, other).quantities == (
+        "top1",
+        "share of samples that are right (the result's top1 is 50.00 %)",
+    )
+    patches = result("timm:c", metrics={"miou": entry(0.3), "patch_accuracy": entry(0.6)})
+    path = write_result(tmp_path / "c", patches, np.array([1, 1, 0, 1]))
+    rewrite(path, lambda lines: [line | {"patches": 16} for line in lines])
+    said = "mean share of an image's patches that are right (the result's miou is 30.00 %)"
+    assert compare(path, path).quantities == (said, said)
+
+
+def test_patches_of_other_sizes_are_not_compared(tmp_path):
+    a, b = two(tmp_path)
+    for path, patches in ((a, 16), (b, 64)):
+        rewrite(path, lambda lines, patches=patches: [line | {"patches": patches} for line in lines])
+    with pytest.raises(ValueError, match="sample '00000' has patches 16 and 64: expected the same"):
+        compare(a, b)
+
+
+def test_what_differs_beside_the_encoder_is_said(tmp_path):
+    assert compare(*two(tmp_path / "same")).differences == []
+    few = {"data": {"train": {"n": 50, "identity": "fewfewfew"}}, "protocol": {"k": [5]}}
+    assert compare(*two(tmp_path / "few", **few)).differences == [
+        "training images: 2000 (shapes@s) and 50 (fewfewfe)",
+        "k: [10, 20] and [5]",
+    ]
+    other = {"protocol": {"name": "zero_shot"}, "data": {"train": None}}
+    assert compare(*two(tmp_path / "other", **other)).differences == [
+        "training images: 2000 (shapes@s) and none",
+        "protocol: knn and zero_shot",
+    ]
 
 
 def test_other_test_sets_are_refused(tmp_path):
@@ -110,7 +147,7 @@ def test_other_test_sets_are_refused(tmp_path):
     ("change", "message"),
     [
         (lambda lines: lines[1:], "1 samples are in one of the two only, as '00000'"),
-        (lambda lines: [lines[0] | {"label": 5}, *lines[1:]], "sample '00000' has labels 0 and 5"),
+        (lambda lines: [lines[0] | {"label": 5}, *lines[1:]], "sample '00000' has label 0 and 5"),
         (lambda lines: [*lines, lines[0]], "line 5: sample '00000' is there twice"),
         (lambda lines: [{"sample": "x"}], "line 1: .*expected an object with sample and correct"),
         (lambda lines: [3], "line 1: '3', expected an object"),

@@ -54,6 +54,26 @@ def test_folders_are_read_once_and_problems_are_listed(tmp_path):
     assert "broken.json" in problems[0]
 
 
+def test_one_evaluation_with_two_outcomes_is_a_problem(tmp_path):
+    """As from two machines; the same up to rounding is not."""
+    for folder, value in (("a", 0.8), ("b", 0.8 + 1e-9), ("c", 0.7)):
+        write_result(tmp_path / folder, result(value=value, hash="same"))
+    results, problems = read_results([tmp_path / name for name in "abc"])
+    assert [r.metrics["top1"].value for r in results] == [0.8]
+    (problem,) = problems
+    assert problem.startswith(str(tmp_path / "c"))
+    assert "the same evaluation as" in problem
+    assert "top1 is 0.700000, not 0.800000" in problem
+
+
+def test_files_among_the_settings_are_told_apart_by_digest(tmp_path):
+    content = result(protocol={"name": "zero_shot", "templates": "t.txt", "files": {"templates": "abcdef0123456789"}})
+    settings = read_result(write_result(tmp_path, content)).settings
+    assert settings["templates"] == "t.txt"
+    assert settings["templates digest"] == "abcdef01"
+    assert "files" not in settings
+
+
 def test_no_results_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="expected a folder"):
         read_results([tmp_path / "none"])

@@ -19,7 +19,8 @@ def swept(spec: str, value: float, **changes) -> dict:
     sweep = [{"lr": lr, "weight_decay": wd, "held_out": value - lr} for lr in (1e-4, 1e-3) for wd in (0.05, 0.1)]
     per_class = {name: {"value": value, "n": 60} for name in CLASSES} | {"<b>empty</b>": {"value": None, "n": 0}}
     details = {"sweep": sweep, "per_class": per_class}
-    return result(spec, value, metrics={"top1": entry(value), **layers}, details=details, **changes)
+    shots = {f"top1_{count}_shot": entry(value / 2) for count in (1, 2, 4)}
+    return result(spec, value, metrics={"top1": entry(value), **layers, **shots}, details=details, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_the_markdown_table_has_its_columns_and_no_markup_of_names(report):
     nasty = next(name for name in rows if "script" in name)
     assert nasty == "timm:\\<script\\>alert(1)\\</script\\>\\|\\*b\\*\\`\\$x\\$\\`\\_y\\_\\\\u202e"
     assert rows[nasty] == ["", "30.0 ± 2.3ᵖ"]  # 0.05 above the pixels, whose error and its own are 0.032 together
-    assert "JSON files that are no results: 1" in text
+    assert "JSON files left out: 1" in text
     assert "\\<i\\>broken.json" in text
 
 

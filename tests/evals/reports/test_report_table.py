@@ -99,6 +99,26 @@ def test_each_reservation_is_a_footnote(tmp_path, changes, note):
     assert noted == {"c"}
 
 
+def untrained(spec: str, value: float, duplicates: int = 0) -> dict:
+    content = result(spec, value, protocol={"name": "zero_shot"}, data={"across_duplicates": duplicates})
+    del content["data"]["train"]
+    return content
+
+
+def test_a_protocol_without_a_training_set_has_no_footnotes_of_one(tmp_path):
+    old = result("timm:c", 0.9, protocol={"name": "zero_shot"})  # as they were written once
+    found = table(tmp_path, untrained("timm:a", 0.8, 7), untrained("timm:b", 0.7), old, result("timm:a", 0.6))
+    assert found.footnotes == []
+    assert found.data == ["shapes@shape"]
+    assert all(cell.comparable for column in found.columns for cell in column.cells.values())
+
+
+def test_the_same_images_elsewhere_without_a_training_set_are_the_same_data(tmp_path):
+    moved = untrained("timm:b", 0.7)
+    moved["data"]["spec"] = "shapes:moved"
+    assert table(tmp_path, result("timm:a"), moved).data == ["shapes@shape"]
+
+
 def test_notes_of_a_result_are_footnotes_of_its_headline(tmp_path):
     found = table(tmp_path, result("timm:a"), result("timm:b", details={"notes": ["k 200 left out"]}))
     assert found.footnotes == ["k 200 left out"]

@@ -7,9 +7,9 @@ from made_images import dataset
 from made_probes import Told
 from tiny_models import V2, random_encoder
 
-from aimv2.evals.attentive_head import HeadError
-from aimv2.evals.attentive_probe import AttentiveProbe, PatchStreams
 from aimv2.evals.encoders import encoder_of
+from aimv2.evals.probes.attentive_head import HeadError
+from aimv2.evals.probes.attentive_probe import AttentiveProbe, PatchStreams
 from aimv2.evals.session import Session
 from aimv2.preprocessing import ProcessorConfig
 
@@ -27,8 +27,7 @@ def test_the_papers_settings():
 def test_streams_are_raw_blocks_and_the_output():
     model, images = random_encoder(V2), torch.randn(2, 3, 56, 56)
     encoder = encoder_of(model, ProcessorConfig(image_size=56, patch_size=14, mean=(0.5,) * 3, std=(0.5,) * 3))
-    found = PatchStreams("output,-1,last6,0-1")(encoder, images) if V2.depth >= 6 else None
-    found = found or PatchStreams("output,-1,0-1")(encoder, images)
+    found = PatchStreams("output,-1,0-1")(encoder, images)
     with torch.no_grad():
         output, raw = model(images, output_hidden_states=True)
     torch.testing.assert_close(found["output"], output)
@@ -53,7 +52,7 @@ def test_a_head_of_another_hand_is_evaluated_as_it_is(tmp_path):
 
 def test_the_head_kept_is_the_chosen_one():
     """Its weights, with the names of Apple's files, give the samples' predictions."""
-    from aimv2.evals.attentive_head import AttentiveHead
+    from aimv2.evals.probes.attentive_head import AttentiveHead
 
     encoder, data = Told("random"), dataset(60, 33, classes=3)
     outcome = PROTOCOL.run(encoder, data, Session(quiet=True))
@@ -72,14 +71,28 @@ def test_attention_heads_that_do_not_fit(heads):
 
 
 def test_warm_up_is_shorter_than_the_training():
-    with pytest.raises(ValueError, match="warmup_epochs 5 of 5 epochs"):
-        AttentiveProbe(epochs=5, warmup_epochs=5)
+    for warmup in (5, -1):
+        with pytest.raises(ValueError, match=f"warmup_epochs {warmup} of 5 epochs"):
+            AttentiveProbe(epochs=5, warmup_epochs=warmup)
+
+
+def test_settings_that_would_ruin_a_training():
+    wrong = {
+        "clip": [0.0, -1.0, np.nan],
+        "heads": [0, -2],
+        "min_lr": [-1e-5, np.nan],
+        "weight_decays": [(), (-0.1,), (np.nan,)],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{name} .*: expected"):
+                AttentiveProbe(**{name: value})
 
 
 def test_online_sees_new_images_in_each_epoch(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "aimv2.evals.attentive_sweep.AttentiveSweep.step",
+        "aimv2.evals.probes.attentive_sweep.AttentiveSweep.step",
         lambda self, x, labels, *_: seen.append(x.clone()) or torch.zeros(len(self.settings)),
     )
     for mode in ("online", "cached"):

@@ -3,25 +3,26 @@
 B images, D width, E length of a feature, S learning rates, C classes.
 
 Source: DINOv2 (arXiv 2304.07193) and its official code: {last block, last 4 blocks} x {CLS, CLS and the mean of the
-patches} x 13 learning rates, SGD without weight decay, cosine to 0, all at once.
+patches} x 13 learning rates, SGD without weight decay, cosine to 0, all at once. There the images are augmented, which
+is mode=online here; by default the features are kept.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aimv2.evals.checks import require, require_classes
 from aimv2.evals.datasets import Dataset
-from aimv2.evals.encoders import Encoder, parse_layers, streams
+from aimv2.evals.encoders import Encoder
 from aimv2.evals.extraction import feature_shapes
-from aimv2.evals.feature_store import fingerprint
-from aimv2.evals.probe_features import MODES, cropped, source_of
-from aimv2.evals.probe_outcome import SELECT_ON, Choice
-from aimv2.evals.probe_sweep import Training, split_rows, unreadable_keys
+from aimv2.evals.pooled_streams import POOLED, means_of_blocks, split_words
+from aimv2.evals.probes.features import cropped
+from aimv2.evals.probes.outcome import check_settings, run_probe
 from aimv2.evals.results import Outcome
 from aimv2.evals.session import Session
 
@@ -43,20 +44,21 @@ class LinearFeatures:
 
     layers: str = "grid"
 
+    def __post_init__(self):
+        split_words(self.layers)
+
     @property
     def key(self) -> str:
         return "linear " + self.layers.replace(" ", "")
 
     def __call__(self, encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
-        words = [word.strip() for word in self.layers.split(",")]
-        grid = "grid" in words and encoder.source != "pixels"
-        found = _grid(encoder, images) if grid else {}
-        if "pooled" in words or ("grid" in words and not grid):
-            found["pooled"] = encoder.pooled(images)
-        if others := ",".join(word for word in words if word not in ("grid", "pooled")):
-            patches = streams(encoder, images, parse_layers(others, encoder.depth))  # each (B, N, D)
-            found |= {name: value.mean(dim=1) for name, value in patches.items()}
-        return found
+        words, blocks = split_words(self.layers, "grid", POOLED)
+        if encoder.source == "pixels" and "grid" in words:
+            words = {POOLED}
+        found = _grid(encoder, images) if "grid" in words else {}
+        if POOLED in words:
+            found[POOLED] = encoder.pooled(images)
+        return found | means_of_blocks(encoder, images, blocks)
 
 
 def _grid(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
@@ -135,7 +137,10 @@ class LinearSweep:
 
 @dataclass(slots=True, kw_only=True)
 class LinearProbe:
-    """All learning rates on all features of `layers`, in one pass."""
+    """All learning rates on all features of `layers`, in one pass.
+
+    By default the features are extracted once, without augmentation, and a note says so; DINOv2's is mode=online.
+    """
 
     name: ClassVar[str] = "linear_probe"
     layers: str = "grid"  # as `LinearFeatures`: "grid", "pooled", or streams as "all"; commas join
@@ -143,70 +148,40 @@ class LinearProbe:
     batch_size: int = 1024  # over all ranks; the rates are for 256 and scale with it
     steps: int = 12_500  # 10 epochs of ImageNet
     mode: str = "cached"  # online: augmented anew in each epoch; auto: cached if the features fit
-    most_cached: int = 4 << 30  # bytes of features that fit
+    most_cached: int = 4 << 30  # bytes of features that fit, for auto
     select_on: str = "held_out"  # or test
     held_out: float = 0.1  # of the training set, to choose on
     seed: int = 0  # of the weights, the order, the augmentation and what is held out
 
     def __post_init__(self):
-        if self.mode not in MODES or self.select_on not in SELECT_ON:
-            raise ValueError(
-                f"mode {self.mode!r}, select_on {self.select_on!r}: "
-                f"expected one of {', '.join(MODES)} and one of {', '.join(SELECT_ON)}"
-            )
-        if not self.lrs or min(self.lrs) <= 0 or self.batch_size < 1 or self.steps < 1:
-            raise ValueError(
-                f"lrs {self.lrs}, batch_size {self.batch_size}, steps {self.steps}: expected positive numbers"
-            )
+        check_settings(self)
+        require(self.steps >= 1, "1 or more", steps=self.steps)
 
     def run(self, encoder: Encoder, data: Dataset, session: Session) -> Outcome:
         """Images of the test set that can't be read are wrong; of the training set, left out.
 
         Raises:
-            ValueError: no training set; layers that aren't there.
+            ValueError: no classes, no training set; layers that aren't there; as `run_probe`.
         """
-        if data.train is None:
-            raise ValueError(f"{data.spec} has no training set: a linear probe needs one")
+        require_classes(data, "a linear probe")
         view = LinearFeatures(self.layers)
-        source = source_of(
-            self.mode,
+        shapes = feature_shapes(encoder, view, session)  # each (E,)
+
+        def sweeps(batch_size: int) -> dict[str, LinearSweep]:
+            settings = {"scale": batch_size / 256, "classes": len(data.classes), "seed": self.seed}
+            return {
+                name: LinearSweep(self.lrs, width=width, device=session.device, **settings)
+                for name, (width,) in shapes.items()
+            }
+
+        return run_probe(
+            self,
             encoder,
             data,
             view,
             session,
-            most_cached=self.most_cached,
             augmentation=cropped,
-            seed=self.seed,
-        )
-        identity = {"protocol": self.name, **asdict(self), "encoder": encoder.describe(), "mode": source.mode}
-        identity |= {"train": data.train.identity, "test": data.test.identity}
-        readable = source.readable("train")
-        rows, held = split_rows(data.train.labels, readable, self.select_on, self.held_out, self.seed)
-        batch_size = min(self.batch_size, len(rows))
-        sweeps = {
-            name: LinearSweep(
-                self.lrs,
-                scale=batch_size / 256,
-                width=shape[0],
-                classes=len(data.classes),
-                seed=self.seed,
-                device=session.device,
-            )
-            for name, shape in feature_shapes(encoder, view, session).items()
-        }
-        training = Training(
             sweeps=sweeps,
-            source=source,
-            labels=data.train.labels,
-            rows=rows,
-            batch_size=batch_size,
-            steps=self.steps,
-            seed=self.seed,
-            session=session,
-            identity=identity,
+            steps=lambda batches: self.steps,
+            published="DINOv2's",
         )
-        losses = training.run()
-        choice = Choice(sweeps=sweeps, source=source, data=data, held_out=held, key=fingerprint(identity))
-        unreadable = unreadable_keys(training)
-        details = {"mode": source.mode, "steps": self.steps, "trained_on": len(rows), "notes": []}
-        return choice.outcome(losses, details | {"unreadable": len(unreadable), "unreadable_keys": unreadable[:100]})

@@ -8,7 +8,7 @@ from made_probes import Threads, Told
 from torch import nn
 
 from aimv2.evals.encoders import open_encoder
-from aimv2.evals.linear_probe import LinearFeatures, LinearProbe, LinearSweep
+from aimv2.evals.probes.linear_probe import LinearFeatures, LinearProbe, LinearSweep
 from aimv2.evals.session import Session
 
 IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -9,11 +9,11 @@ from made_images import dataset
 from made_probes import Told
 from processes import finish, start
 
-from aimv2.evals import probe_sweep
-from aimv2.evals.attentive_probe import AttentiveProbe
-from aimv2.evals.attentive_sweep import AttentiveSweep
-from aimv2.evals.linear_probe import LinearProbe, LinearSweep
-from aimv2.evals.probe_sweep import batches_per_epoch, split_rows
+from aimv2.evals.probes import training
+from aimv2.evals.probes.attentive_probe import AttentiveProbe
+from aimv2.evals.probes.attentive_sweep import AttentiveSweep
+from aimv2.evals.probes.linear_probe import LinearProbe, LinearSweep
+from aimv2.evals.probes.training import batches_per_epoch, split_rows
 from aimv2.evals.session import Session, launched_session
 
 ATTENTIVE = AttentiveProbe(lrs=(1e-3, 1e-2), epochs=5, warmup_epochs=1, batch_size=16, layers="all")
@@ -32,7 +32,7 @@ def same(outcome, other) -> bool:
 @pytest.mark.parametrize("protocol", [ATTENTIVE, LINEAR], ids=lambda protocol: protocol.name)
 def test_stopped_and_gone_on_from(tmp_path, monkeypatch, protocol, mode):
     """To the bit, at whatever step it was stopped."""
-    monkeypatch.setattr(probe_sweep, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     protocol, encoder, data = replace(protocol, mode=mode), Told("oracle"), dataset(40, 9, classes=3)
     whole = protocol.run(encoder, data, Session(quiet=True))
     assert same(whole, protocol.run(encoder, data, Session(quiet=True)))
@@ -61,8 +61,10 @@ def test_stopped_and_gone_on_from(tmp_path, monkeypatch, protocol, mode):
     steps.clear()
     assert same(whole, protocol.run(encoder, data, Session(folder=tmp_path, quiet=True)))  # only the looking is left
     assert not steps
-    replace(protocol, seed=1).run(encoder, data, Session(folder=tmp_path, quiet=True))  # another training
-    assert min(steps) == 0
+    for other, features in ((replace(protocol, seed=1), encoder), (protocol, Told("random"))):  # other trainings
+        steps.clear()
+        other.run(features, data, Session(folder=tmp_path, quiet=True))
+        assert min(steps) == 0
 
 
 def outcomes(folder, batch_size: int):
@@ -76,6 +78,42 @@ def outcomes(folder, batch_size: int):
                     contents = {"sweep": outcome.details["sweep"]}
                     contents["metrics"] = [(name, metric.value) for name, metric in outcome.metrics.items()]
                     torch.save(contents, folder / f"{protocol.name}-{mode}-{session.world_size}.pt")
+
+
+def stopped(folder, out):
+    """Both ranks stop before the second epoch's end and go on, with what could not be read before."""
+    training.SAVE_SECONDS = 0.0
+    data, plain = dataset(40, 23, classes=3, bad=(5, 8)), LinearSweep.step
+
+    def stopping(self, x, labels, step, *others):
+        if step == 3:
+            raise KeyboardInterrupt
+        return plain(self, x, labels, step, *others)
+
+    with launched_session("cpu", quiet=True, folder=folder) as session:
+        protocol = replace(LINEAR, mode="online", layers="grid", batch_size=15)
+        if folder is not None:
+            LinearSweep.step = stopping
+            with pytest.raises(KeyboardInterrupt):
+                protocol.run(Told("random"), data, session)
+            LinearSweep.step = plain
+        outcome = protocol.run(Told("random"), data, session)
+        if session.rank == 0:
+            torch.save([outcome.details, {key: value.value for key, value in outcome.metrics.items()}], out)
+
+
+def test_two_ranks_go_on_where_they_stopped(tmp_path):
+    """To the bit, since each takes the same part of every batch."""
+    for folder, out in ((tmp_path / "work", tmp_path / "again"), (None, tmp_path / "whole")):
+        assert finish(start(stopped, folder, out, ranks=2, log=tmp_path / "log")) == [0, 0], (
+            tmp_path / "log"
+        ).read_text()
+    again, whole = (torch.load(tmp_path / name, weights_only=True) for name in ("again", "whole"))
+    for mine, other in zip(again[0].pop("sweep"), whole[0].pop("sweep"), strict=True):
+        np.testing.assert_allclose(mine.pop("loss"), other.pop("loss"), rtol=1e-5)  # sums in another order
+        assert mine == other
+    assert again == whole
+    assert whole[0]["unreadable"] == 2
 
 
 def test_one_rank_is_two_ranks(tmp_path):

@@ -53,8 +53,8 @@ class AttentiveHead(nn.Module):
     def classify(self, pooled: Tensor) -> Tensor:
         """(B, H, D), the patches as each attention head weighs them, -> (B, C)."""
         value = self.v.weight.view(self.heads, -1, pooled.shape[-1])  # (H, D/H, D)
-        seen = pooled.transpose(0, 1) @ value.transpose(1, 2)  # (H, B, D/H)
-        return self.linear(seen.transpose(0, 1).flatten(1))
+        values = pooled.transpose(0, 1) @ value.transpose(1, 2)  # (H, B, D/H)
+        return self.linear(values.transpose(0, 1).flatten(1))
 
 
 def load_head(path: str | Path, *, heads: int, width: int | None = None, classes: int | None = None) -> AttentiveHead:

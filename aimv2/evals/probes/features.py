@@ -4,7 +4,7 @@ B images, n images of a split.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ MODES = ("auto", "online", "cached")
 Features = dict[str, Tensor]  # stream -> (B, ...)
 
 
-class Kept:
+class CachedFeatures:
     """Features of the evaluation's transform, extracted once: the same in each epoch."""
 
     mode = "cached"
@@ -37,17 +37,21 @@ class Kept:
         """(n,) bool."""
         return self._of(split).readable
 
-    def batches(self, batches: Sequence[np.ndarray], epoch: int) -> Iterator[tuple[np.ndarray, Features]]:
-        """(rows, features) of this rank's part of each batch, to be done with before the next is asked for."""
-        arrays, rank, world_size = self._of("train").arrays, self.session.rank, self.session.world_size
-        most = max(map(len, batches), default=0)
-        buffers = {name: np.empty((most, *array.shape[1:]), np.float32) for name, array in arrays.items()}
-        for batch in batches:
-            rows = batch[rank::world_size]
+    def batches(self, batches: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[np.ndarray, Features]]:
+        """(rows, features) of this rank's part of each batch, which is (epoch, rows of all ranks); to be done with
+        before the next is asked for.
+        """
+        arrays = self._of("train").arrays
+        buffers = {name: np.empty((0, *array.shape[1:]), np.float32) for name, array in arrays.items()}
+        for _, batch in batches:
+            rows = batch[self.session.rank :: self.session.world_size]
+            for name, buffer in buffers.items():
+                if len(buffer) < len(rows):
+                    buffers[name] = np.empty((len(rows), *buffer.shape[1:]), np.float32)
             yield rows, {name: self._taken(array, rows, buffers[name]) for name, array in arrays.items()}
 
-    def look(self, split: str, rows: np.ndarray, function: Callable[[Features], Features], key: str) -> Extracted:
-        """What `function` makes of the features of these rows."""
+    def apply(self, split: str, rows: np.ndarray, function: Callable[[Features], Features], key: str) -> Extracted:
+        """What `function`, which may overwrite them, makes of the features of these rows."""
         extracted, size = self._of(split), self.session.batch_size
         own = np.arange(self.session.rank, len(rows), self.session.world_size)
         found: dict[str, Tensor] = {}
@@ -68,8 +72,10 @@ class Kept:
         return torch.from_numpy(np.take(array, rows, axis=0, out=out, mode="clip")).to(self.session.device)
 
 
-class Anew:
-    """Features of augmented images, computed for each batch; for what is looked at, of the evaluation's transform."""
+class OnlineFeatures:
+    """Features of augmented images, computed for each batch; those that a function is applied to, of the evaluation's
+    transform. transform: None if there is no training.
+    """
 
     mode = "online"
 
@@ -80,8 +86,8 @@ class Anew:
         view: View,
         session: Session,
         *,
-        transform: Callable[[Image.Image], Tensor],
-        seed: int,
+        transform: Callable[[Image.Image], Tensor] | None = None,
+        seed: int = 0,
     ):
         self.encoder, self.data, self.view, self.session = encoder, data, view, session
         self.transform, self.seed = transform, seed
@@ -90,28 +96,29 @@ class Anew:
         """(n,) bool, all True: nothing has been read yet."""
         return np.ones(len(getattr(self.data, split)), bool)
 
-    def batches(self, batches: Sequence[np.ndarray], epoch: int) -> Iterator[tuple[np.ndarray, Features]]:
-        """As `Kept.batches`."""
+    def batches(self, batches: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[np.ndarray, Features]]:
+        """As `CachedFeatures.batches`, without the images that can't be read."""
         where = self.encoder, self.data.train, self.view, self.session
-        return online(*where, batches, self.transform, self.seed, epoch)
+        return online(*where, batches, self.transform, self.seed)
 
-    def look(self, split: str, rows: np.ndarray, function: Callable[[Features], Features], key: str) -> Extracted:
-        """As `Kept.look`; `key` names it in the session's folder."""
+    def apply(self, split: str, rows: np.ndarray, function: Callable[[Features], Features], key: str) -> Extracted:
+        """As `CachedFeatures.apply`; `key` names what is found in the session's folder."""
         images = getattr(self.data, split)
         images = images if len(rows) == len(images) else images.subset(rows)
-        return extract(self.encoder, images, _Looked(key, self.view, function), self.session)
+        return extract(self.encoder, images, _Applied(key, self.view, function), self.session)
 
 
 @dataclass(frozen=True)
-class _Looked:
-    """A view of a view."""
+class _Applied:
+    """A view: a function of another view, whose streams may be one tensor and the function may overwrite them."""
 
     key: str
     view: View
     function: Callable[[Features], Features]
 
     def __call__(self, encoder: Encoder, images: Tensor) -> Features:
-        return self.function({name: value.float() for name, value in self.view(encoder, images).items()})
+        features = self.view(encoder, images)
+        return self.function({name: value.to(torch.float32, copy=True) for name, value in features.items()})
 
 
 def source_of(
@@ -124,14 +131,14 @@ def source_of(
     most_cached: int,
     augmentation: Callable[[Encoder], Callable[[Image.Image], Tensor]],
     seed: int,
-) -> Kept | Anew:
+) -> CachedFeatures | OnlineFeatures:
     """For a mode of MODES; "auto" keeps features of at most `most_cached` bytes, of both splits together."""
     if mode == "auto":
         values = sum(map(math.prod, feature_shapes(encoder, view, session).values()))
         mode = "cached" if 4 * values * (len(data.train) + len(data.test)) <= most_cached else "online"
     if mode == "cached":
-        return Kept(encoder, data, view, session)
-    return Anew(encoder, data, view, session, transform=augmentation(encoder), seed=seed)
+        return CachedFeatures(encoder, data, view, session)
+    return OnlineFeatures(encoder, data, view, session, transform=augmentation(encoder), seed=seed)
 
 
 def cropped(encoder: Encoder, **others) -> Callable[[Image.Image], Tensor]:
@@ -144,8 +151,10 @@ def cropped(encoder: Encoder, **others) -> Callable[[Image.Image], Tensor]:
 
 
 def augmented(encoder: Encoder) -> Callable[[Image.Image], Tensor]:
-    """The augmentation of AIM's and AIMv2's attentive probe."""
-    transform = cropped(encoder, color_jitter=0.3, auto_augment="rand-m9-mstd0.5-inc1")
+    """The augmentation of AIM's and AIMv2's attentive probe. They ask for a color_jitter of 0.3 too, which timm leaves
+    out beside an auto_augment.
+    """
+    transform = cropped(encoder, auto_augment="rand-m9-mstd0.5-inc1")
     (augment,) = (part for part in transform.transforms if hasattr(part, "ops"))
     for operation in augment.ops:
         if operation.name.startswith("Posterize"):

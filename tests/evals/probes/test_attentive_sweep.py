@@ -10,8 +10,8 @@ from made_probes import Threads
 from test_attentive_head import Published
 from torch.nn.utils import clip_grad_norm_
 
-from aimv2.evals import attentive_sweep
-from aimv2.evals.attentive_sweep import AttentiveSweep, _Pool
+from aimv2.evals.probes import attentive_sweep
+from aimv2.evals.probes.attentive_sweep import AttentiveSweep, _Pool
 from aimv2.evals.session import Session
 
 WIDTH, HEADS, CLASSES = 16, 4, 5

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aimv2.evals.attentive_head import AttentiveHead, HeadError, load_head
+from aimv2.evals.probes.attentive_head import AttentiveHead, HeadError, load_head
 from aimv2.weights import ModelError
 
 

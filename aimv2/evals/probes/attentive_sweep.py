@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from aimv2.evals.attentive_head import AttentiveHead
+from aimv2.evals.probes.attentive_head import AttentiveHead
 from aimv2.evals.session import Session
 from aimv2.optim import OptimConfig, learning_rate
 

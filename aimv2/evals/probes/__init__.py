@@ -1,0 +1,1 @@
+"""Probes: heads trained on frozen features, whole sweeps at a time."""
