@@ -40,6 +40,24 @@ def test_the_tree_has_every_module(folder):
     assert modules <= set(tree_paths()), modules - set(tree_paths())
 
 
+@pytest.mark.parametrize(
+    "page", ["README.md", "eval/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_and_pictures_are_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    assert not [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()]
+
+
+def test_the_evaluation_page_names_all_there_is():
+    from aimv2.evals.datasets.opening import BUNDLED, KINDS, PAPERS
+
+    page = (ROOT / "eval/README.md").read_text(encoding="utf-8")
+    scripts = {path.name for path in (ROOT / "eval").glob("*.py")} - {"arguments.py", "clip_benchmark_lit.py"}
+    names = [*BUNDLED, *(f"{kind}:" for kind in KINDS), *PAPERS, *scripts]
+    assert not [name for name in names if name not in page]
+
+
 def test_commands_name_files_that_exist():
     named = {path for line in SHELL for path in re.findall(r"(?:scripts|configs|eval)/\w+\.py", line)}
     assert len(named) >= 4
