@@ -13,6 +13,7 @@ from aimv2.evals.encoders import encoder_of, parse_layers
 from aimv2.evals.few_shot import FewShot
 from aimv2.evals.harness import at_rest
 from aimv2.evals.knn import KNN
+from aimv2.evals.pooled_streams import split_words
 from aimv2.evals.probes.attentive_probe import AttentiveProbe
 from aimv2.evals.probes.linear_probe import LinearProbe
 from aimv2.evals.retrieval import Retrieval
@@ -54,8 +55,8 @@ class FrozenEvaluation:
             if not has_text:
                 raise ValueError(f"{self.name}: the objective has no text tower, which {self.protocol.name} needs")
         else:
-            words = [word.strip() for word in self.protocol.layers.split(",")]
-            parse_layers(",".join(word for word in words if word not in POOLED) or "output", depth)
+            _, blocks = split_words(self.protocol.layers, *POOLED)
+            parse_layers(blocks or "output", depth)
 
     def build(
         self, data: DataConfig, *, patch_size: int, seed: int, rank: int, world_size: int, device: torch.device
