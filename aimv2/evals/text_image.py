@@ -3,20 +3,21 @@
 B images or texts, T token positions, S side of an image, E length of a feature.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aimv2.evals.encoders.interface import preprocessing_hash, weights_digest
+from aimv2.evals.encoders.interface import modules_of, preprocessing_hash, weights_digest
 from aimv2.evals.encoders.open_clip import clip_processing, create_open_clip
 from aimv2.evals.encoders.opening import as_one_line, own_seed, short_name
 from aimv2.evals.encoders.packages import optional
-from aimv2.evals.encoders.transformers import transformers_processing
+from aimv2.evals.encoders.transformers import settings_of, transformers_processing
+from aimv2.evals.feature_store import fingerprint
 from aimv2.evals.harness import at_rest
 from aimv2.exports import TOKENIZER
 from aimv2.lit import LiT, LiTConfig
@@ -39,6 +40,7 @@ class TextImageModel:
         name: the same, short and fit for a file's name.
         source: the library.
         trained: whether the weights were read, and not drawn.
+        settings: what is known of the model beside its weights, as JSON.
         processor: prepares images.
         tokenizer: list of str -> token ids (B, T).
         model: the module behind it, with `encode_image` and `encode_text`.
@@ -53,13 +55,14 @@ class TextImageModel:
         spec: str,
         source: str,
         tokens: dict,
+        settings: Mapping[str, Any] | None = None,
         trained: bool = True,
     ):
         if config.resize == "native":
             raise ValueError(f"{spec}: it takes images of any size, evaluations one: expected an image_size")
         self.model, self.processor, self.tokenizer = model, Processor(config), tokenizer
         self.spec, self.name, self.source, self.trained = spec, spec, source, trained
-        self.tokens = tokens
+        self.tokens, self.settings = tokens, settings or {}
         self.device = next(model.parameters()).device
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
@@ -103,6 +106,7 @@ class TextImageModel:
             "trained": self.trained,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "weights": weights_digest(self.model),
+            "config": fingerprint(self.settings),
             "tokenizer": self.tokens,
             "preprocessing": self.processor.config.to_preprocessing(),
             "preprocessing_hash": preprocessing_hash(self.processor.config),
@@ -138,7 +142,9 @@ def text_image_of(
     if lit is None:
         raise ValueError(f"{spec} is {type(model).__name__}, without a text tower: expected a model of images and text")
     tokens, described = lit_tokenizer(lit.config.text, spec, tokenizer)
-    return TextImageModel(lit, processing, tokens, spec=spec, source="aimv2", tokens=described)
+    return TextImageModel(
+        lit, processing, tokens, spec=spec, source="aimv2", tokens=described, settings=asdict(lit.config)
+    )
 
 
 def open_text_image(spec: str, *, device: torch.device | str = "cpu") -> TextImageModel:
@@ -254,6 +260,7 @@ def open_open_clip_pair(rest: str, spec: str) -> TextImageModel:
         spec=spec,
         source="open_clip",
         tokens={"kind": type(tokenizer).__name__, "context": tokenizer.context_length},
+        settings={"modules": modules_of(model)},
         trained=trained,
     )
 
@@ -287,6 +294,7 @@ def open_transformers_pair(rest: str, spec: str) -> TransformersTextImage:
         spec=spec,
         source="transformers",
         tokens={"kind": type(tokenizer).__name__, "context": context},
+        settings=settings_of(kind),
     )
 
 

@@ -1,6 +1,7 @@
 """Models of images and text: the same features and token ids as each library's own, whatever the layout."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -264,3 +265,18 @@ def test_models_of_any_image_size_are_refused(lit):
     native = replace(PROCESSING, image_size=None, resize="native", crop_pct=1.0)
     with pytest.raises(ValueError, match="images of any size"):
         text_image_of(lit, native)
+
+
+def test_the_same_weights_with_another_setting_are_another_model(lit, folders, tmp_path):
+    other = replace(CLIP_LIT, pool_heads=1)
+    export_model(lit.state_dict(), tmp_path / "ours", config=other, processing=PROCESSING)
+    shutil.copytree(folders["transformers"], tmp_path / "transformers")
+    config = json.loads((tmp_path / "transformers" / "config.json").read_text())
+    config["vision_config"]["num_attention_heads"] = 1
+    (tmp_path / "transformers" / "config.json").write_text(json.dumps(config))
+    for source, layout in (("aimv2", "ours"), ("hf", "transformers")):
+        one, two = (
+            open_text_image(f"{source}:{folder / layout}").describe() for folder in (folders["ours"].parent, tmp_path)
+        )
+        assert one["weights"] == two["weights"]
+        assert one["config"] != two["config"]

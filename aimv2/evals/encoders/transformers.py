@@ -44,6 +44,11 @@ FAMILIES = {
 }
 
 
+def settings_of(config) -> dict:
+    """What a transformers config says of the model, without what it says of files and versions."""
+    return {name: value for name, value in config.to_diff_dict().items() if name not in _ABOUT_FILES}
+
+
 class TransformersEncoder(Encoder):
     """The output is the last block after the final norm, of CLIP too, whose `last_hidden_state` is without it.
 
@@ -61,7 +66,7 @@ class TransformersEncoder(Encoder):
             depth=sizes.num_hidden_layers,
             heads=sizes.num_attention_heads,
             grid=(side, side),
-            settings={name: value for name, value in sizes.to_diff_dict().items() if name not in _ABOUT_FILES},
+            settings=settings_of(sizes),
             **described,
         )
         self.family = family
