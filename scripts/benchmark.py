@@ -70,6 +70,7 @@ def parse() -> argparse.Namespace:
     add_data(doors.add_parser("data", parents=[common]))
     probe = doors.add_parser("probe", parents=[common])
     add_encoder(probe)
+    probe.add_argument("--modes", nargs="+", choices=benchmark_probe.MODES, default=list(benchmark_probe.MODES))
     probe.add_argument("--gallery", type=int, default=100_000, metavar="N", help="to search in (%(default)s)")
     arguments = parser.parse_args()
     if arguments.rounds < 2:

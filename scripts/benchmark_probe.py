@@ -24,6 +24,7 @@ from aimv2.evals.probes.attentive_sweep import AttentiveSweep
 from aimv2.evals.session import Session
 
 PEERS = ("sklearn",)
+MODES = ("cached", "online", "knn")
 CLASSES = 1000
 ONE_BY_ONE, PUBLISHED, SCIKIT_LEARN = "one by one", "published", "scikit-learn"
 QUERIES, NEIGHBOURS, WIDTH = 1_000, 200, 1024
@@ -67,12 +68,15 @@ def results(arguments: argparse.Namespace) -> Iterator[dict]:
         return encoder(images)
 
     for mode, features in (("cached", cached), ("online", online)):
+        if mode not in arguments.modes:
+            continue
         compared = compare(time_rounds(passes(config, features, labels, device), arguments.rounds, device, mode))
         for name, times in compared.items():
             yield {"mode": mode, "subject": name, **times}
-    for name, times in compare(
-        time_rounds(searches(arguments.gallery), arguments.rounds, torch.device("cpu"), "knn")
-    ).items():
+    if "knn" not in arguments.modes:
+        return
+    seconds = time_rounds(searches(arguments.gallery), arguments.rounds, torch.device("cpu"), "knn")
+    for name, times in compare(seconds).items():
         yield {"mode": "knn", "subject": name, **times}
 
 
