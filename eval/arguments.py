@@ -104,6 +104,9 @@ def for_each(arguments: argparse.Namespace, protocol: Evaluation, open_encoder: 
             raise
         report("another rank ended or hangs; look for its own error")
         return 1
+    except KeyboardInterrupt:
+        report("interrupted; the same command goes on from here")
+        return 130
     return 0
 
 
