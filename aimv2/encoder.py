@@ -116,14 +116,7 @@ class VisionEncoder(nn.Module):
         `mask`, boolean and broadcastable to (B, heads, N, N), is True where attention may look; None is everywhere,
         as downstream. Raises ValueError for a size the patches or the positions can't serve.
         """
-        p = self.config.patch_size
-        height, width = image.shape[-2:]
-        if height % p or width % p:
-            raise ValueError(f"image of {height}x{width} pixels: both sides must be multiples of the patch size {p}")
-        image = image.to(self.patch_embed.weight.dtype)  # batches are fp32, the weights may be bf16
-        x = self.patch_embed(image).flatten(2).transpose(1, 2)  # (B, N, D)
-        x = self.patch_norm(x)
-        x = x + self.positions(height // p, width // p, x.device).to(x)
+        x = self.embed(image)
         hidden_states = []
         for block in self.blocks:
             if self.config.checkpointing and torch.is_grad_enabled():
@@ -134,3 +127,14 @@ class VisionEncoder(nn.Module):
                 hidden_states.append(x)
         x = self.norm(x)
         return (x, hidden_states) if output_hidden_states else x
+
+    def embed(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, N, D), what the first block is given. Raises ValueError as `forward`."""
+        p = self.config.patch_size
+        height, width = image.shape[-2:]
+        if height % p or width % p:
+            raise ValueError(f"image of {height}x{width} pixels: both sides must be multiples of the patch size {p}")
+        image = image.to(self.patch_embed.weight.dtype)  # batches are fp32, the weights may be bf16
+        x = self.patch_embed(image).flatten(2).transpose(1, 2)  # (B, N, D)
+        x = self.patch_norm(x)
+        return x + self.positions(height // p, width // p, x.device).to(x)

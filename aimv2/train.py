@@ -95,7 +95,7 @@ class TrainConfig:
             raise ValueError(f"evals {', '.join(names)}: expected different names, as label=... gives")
         for e in self.evals:
             if isinstance(e, FrozenEvaluation):
-                e.check(vision.depth, has_text=False)
+                e.check(vision.depth, has_text=hasattr(self.objective, "text"))
         least = {"steps": 1, "save_every": 1, "log_every": 1, "seed": 0, "keep": 2}  # one checkpoint may be damaged
         for name, value in least.items():
             if getattr(self, name) < value:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+MOST_KEYS = 100  # of images that can't be read, in a result
+
 
 @dataclass(frozen=True, slots=True)
 class Metric:

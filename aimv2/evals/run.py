@@ -17,12 +17,11 @@ from safetensors.torch import save_file
 
 from aimv2.evals.datasets.interface import Dataset, ImageSet
 from aimv2.evals.feature_store import fingerprint
-from aimv2.evals.results import Outcome
+from aimv2.evals.results import MOST_KEYS, Outcome
 from aimv2.evals.session import Session
 from aimv2.whole_files import whole_file, write_json
 
 FORMAT = "aimv2 evaluation 1"
-MOST_KEYS = 100  # of unreadable images, in a result
 PACKAGES = (
     "aimv2",
     "torch",

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aimv2.evals.encoders.interface import modules_of, preprocessing_hash, weights_digest
+from aimv2.evals.encoders.interface import describe_module, modules_of, weights_digest
 from aimv2.evals.encoders.open_clip import clip_processing, create_open_clip
 from aimv2.evals.encoders.opening import as_one_line, own_seed, short_name
 from aimv2.evals.encoders.packages import optional
 from aimv2.evals.encoders.transformers import settings_of, transformers_processing
-from aimv2.evals.feature_store import fingerprint
 from aimv2.evals.harness import at_rest
 from aimv2.exports import TOKENIZER
 from aimv2.lit import LiT, LiTConfig
@@ -104,12 +103,9 @@ class TextImageModel:
             "name": self.name,
             "source": self.source,
             "trained": self.trained,
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "weights": weights_digest(self.model),
-            "config": fingerprint(self.settings),
             "tokenizer": self.tokens,
-            "preprocessing": self.processor.config.to_preprocessing(),
-            "preprocessing_hash": preprocessing_hash(self.processor.config),
+            **describe_module(self.model, self.settings, self.processor.config),
         }
 
 

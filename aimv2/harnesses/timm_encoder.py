@@ -110,13 +110,7 @@ class TimmEncoder(nn.Module):
 
     def _run(self, x: Tensor, numbers: Collection[int], depth: int) -> tuple[Tensor, list[Tensor]]:
         """`VisionEncoder.forward` of the first `depth` blocks, which of their outputs keeps those of `numbers` only."""
-        encoder, p = self.encoder, self.encoder.config.patch_size
-        height, width = x.shape[-2:]
-        if height % p or width % p:
-            raise ValueError(f"image of {height}x{width} pixels: both sides must be multiples of the patch size {p}")
-        x = encoder.patch_embed(x.to(encoder.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)  # (B, N, D)
-        x = encoder.patch_norm(x)
-        x = x + encoder.positions(height // p, width // p, x.device).to(x)
+        encoder, x = self.encoder, self.encoder.embed(x)
         recompute, maps = encoder.config.checkpointing and torch.is_grad_enabled(), []
         for number, block in enumerate(encoder.blocks[:depth]):
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)

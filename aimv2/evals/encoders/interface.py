@@ -142,11 +142,8 @@ class Encoder(ABC):
             "depth": self.depth,
             "heads": self.heads,
             "grid": list(self.grid),
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "weights": self._weights_digest(),
-            "config": fingerprint(self.settings),
-            "preprocessing": self.processor.config.to_preprocessing(),
-            "preprocessing_hash": preprocessing_hash(self.processor.config),
+            **describe_module(self.model, self.settings, self.processor.config),
         }
 
     def _weights_digest(self) -> str:
@@ -155,6 +152,16 @@ class Encoder(ABC):
         if self._weights is None:
             self._weights = weights_digest(self.model)
         return self._weights
+
+
+def describe_module(model: nn.Module, settings: Mapping[str, Any], config: ProcessorConfig) -> dict:
+    """What decides about features beside the weights, ready for JSON; `settings` are the library's."""
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "config": fingerprint(settings),
+        "preprocessing": config.to_preprocessing(),
+        "preprocessing_hash": preprocessing_hash(config),
+    }
 
 
 def modules_of(model: nn.Module) -> str:

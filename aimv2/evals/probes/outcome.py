@@ -20,11 +20,10 @@ from aimv2.evals.extraction import View
 from aimv2.evals.feature_store import fingerprint
 from aimv2.evals.probes.features import MODES, CachedFeatures, Features, OnlineFeatures, source_of
 from aimv2.evals.probes.training import Sweep, Training, batches_per_epoch, split_rows
-from aimv2.evals.results import Outcome, classification_metrics, classification_samples, per_class, share
+from aimv2.evals.results import MOST_KEYS, Outcome, classification_metrics, classification_samples, per_class, share
 from aimv2.evals.session import Session
 
 SELECT_ON = ("held_out", "test")
-MOST_KEYS = 100  # of images that can't be read, in the result
 
 _SCORES = "scores"
 

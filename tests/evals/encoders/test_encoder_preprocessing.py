@@ -133,7 +133,9 @@ def test_all_of_open_clip_s_tags():
         entry = open_clip.transform.merge_preprocess_dict(
             open_clip.transform.PreprocessCfg(), open_clip.get_pretrained_cfg(name, tag)
         )
-        clip_processing(entry | {"size": (224, 224)}, 14)
+        config = clip_processing(entry | {"size": (224, 224)}, 14)
+        assert (config.image_size, config.mean, config.std) == (224, tuple(entry["mean"]), tuple(entry["std"])), tag
+        assert config.resize == {"shortest": "shortest_edge"}.get(entry["resize_mode"], entry["resize_mode"]), tag
 
 
 @pytest.mark.parametrize(
