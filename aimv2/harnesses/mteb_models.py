@@ -6,15 +6,15 @@ A LiT model embeds images and texts, unit vectors of one space; an encoder image
 Interface: mteb 2, `mteb.models.EncoderProtocol`.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from aimv2.evals.encoders.interface import preprocessing_hash, weights_digest
+from aimv2.evals.feature_store import fingerprint
 from aimv2.evals.text_image import open_lit
 from aimv2.lit import LiTConfig
 from aimv2.pretrained import load_encoder, open_checkpoint
@@ -50,8 +50,8 @@ class MtebEncoder(AbsEncoder):
             self.model = load_encoder(source, dtype=torch.float32, device=device)
             self.processor, length = self.model.processor, self.model.hidden_size
         # mteb keeps results by name and revision, and skips those it has.
-        words = hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest()
-        parts = [weights_digest(self.model), preprocessing_hash(self.processor.config), *([words] if tokens else [])]
+        settings = fingerprint({"model": asdict(self.model.config), "tokens": tokens})
+        parts = [weights_digest(self.model), preprocessing_hash(self.processor.config), settings]
         path = Path(source).expanduser()
         self.mteb_model_meta = ModelMeta.create_empty(
             {

@@ -151,6 +151,15 @@ def test_another_model_has_another_revision(tmp_path):
     assert len(revisions) == 3 and MtebEncoder(folder).mteb_model_meta.revision in revisions
 
 
+def test_another_configuration_of_the_same_weights_is_another_revision(tmp_path):
+    encoder, revisions = random_encoder(V2), set()
+    for heads in (V2.heads, 1):
+        config = replace(V2, heads=heads)
+        folder = export_model(encoder.state_dict(), tmp_path / "model", config=config, processing=PROCESSING)
+        revisions.add(MtebEncoder(folder).mteb_model_meta.revision)
+    assert len(revisions) == 2 and len({revision.rpartition("-")[0] for revision in revisions}) == 1
+
+
 def test_another_tokenizer_is_another_revision(tmp_path):
     from aimv2.data.tokenizer import Tokenizer, train_tokenizer
 
