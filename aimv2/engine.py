@@ -152,8 +152,7 @@ def global_counts(micro_batches: Sequence[Batch], device: torch.device) -> Count
     counts = count_targets(micro_batches).to(device)
     if dist.get_world_size() > 1:
         dist.all_reduce(counts)
-    patches, tokens = counts.clamp(min=1).float().unbind()
-    return Counts(patches=patches, tokens=tokens)
+    return Counts.of(counts.float())
 
 
 def backward(engine: Engine, loss: Tensor) -> None:
@@ -161,9 +160,23 @@ def backward(engine: Engine, loss: Tensor) -> None:
     engine.backward(loss * (dist.get_world_size() * engine.gradient_accumulation_steps()))
 
 
-def full_state_dict(engine: Engine) -> dict[str, Tensor]:
-    """All weights in fp32 on the CPU, gathered from every rank's shard. Every rank must call it."""
-    return {name: safe_get_full_fp32_param(p).cpu() for name, p in engine.module.named_parameters()}
+def look_ahead(engine: Engine, micro_batches: Sequence[Batch], counts: Counts) -> None:
+    """Show a step's micro-batches, still on the CPU, to an objective whose loss is no sum over samples."""
+    if hasattr(engine.module, "look_ahead"):
+        engine.module.look_ahead(micro_batches, counts)
+
+
+def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """All weights of a module of the engine in fp32 on the CPU, gathered from all ranks, which all call it."""
+    return {name: _whole(p).cpu() for name, p in module.named_parameters()}
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    """The optimizer's fp32 copy; frozen parameters, which have none, as they are."""
+    if parameter.requires_grad:
+        return safe_get_full_fp32_param(parameter)
+    with deepspeed.zero.GatheredParameters(parameter):  # does nothing below ZeRO-3
+        return parameter.detach().float().clone()
 
 
 def evaluation_model(engine: Engine, build: Callable[[], nn.Module]) -> nn.Module:
@@ -171,7 +184,7 @@ def evaluation_model(engine: Engine, build: Callable[[], nn.Module]) -> nn.Modul
     if engine.zero_optimization_stage() < 3:
         return engine.module
     model = build()
-    model.load_state_dict(full_state_dict(engine))
+    model.load_state_dict(full_state_dict(engine.module))
     parameter = next(engine.module.parameters())
     return model.to(parameter.device, parameter.dtype)
 

@@ -31,6 +31,7 @@ from aimv2.engine import (
     full_state_dict,
     global_counts,
     limit_waiting,
+    look_ahead,
     on_rank_zero,
     set_learning_rate,
     start_distributed,
@@ -40,7 +41,7 @@ from aimv2.evals.predictions import draw_run
 from aimv2.evals.shapes_captions import ShapesCaptions
 from aimv2.evals.validation import ValidationLoss
 from aimv2.exports import export_model
-from aimv2.flops import peak_flops, training_flops
+from aimv2.flops import peak_flops
 from aimv2.logger import Logger, logging_to
 from aimv2.objectives.aimv2 import AIMv2Config
 from aimv2.optim import OptimConfig
@@ -77,25 +78,15 @@ class TrainConfig:
     wandb: str | None = None  # project
 
     def __post_init__(self):
-        vision, decoder, data = self.objective.vision, self.objective.decoder, self.data
-        if data.transform.image_size != vision.image_size:
-            raise ValueError(
-                f"data.transform.image_size {data.transform.image_size} is not "
-                f"objective.vision.image_size {vision.image_size}, which the positions are made for"
-            )
-        if data.context_length > decoder.context_length:
-            raise ValueError(
-                f"data.context_length {data.context_length} is more than "
-                f"objective.decoder.context_length {decoder.context_length}"
-            )
-        if data.validation is None and not all(isinstance(e, FrozenEvaluation) for e in self.evals):
+        self.objective.check(self.data)
+        if self.data.validation is None and not all(isinstance(e, FrozenEvaluation) for e in self.evals):
             raise ValueError("data.validation is None, but evals need it: expected a source, or no evals")
         names = [e.name for e in self.evals]
         if len(set(names)) < len(names):
             raise ValueError(f"evals {', '.join(names)}: expected different names, as label=... gives")
         for e in self.evals:
             if isinstance(e, FrozenEvaluation):
-                e.check(vision.depth, has_text=hasattr(self.objective, "text"))
+                e.check(self.objective.vision.depth, has_text=hasattr(self.objective, "text"))
         least = {"steps": 1, "save_every": 1, "log_every": 1, "seed": 0, "keep": 2}  # one checkpoint may be damaged
         for name, value in least.items():
             if getattr(self, name) < value:
@@ -150,11 +141,10 @@ def check_ranks_agree(described: dict[str, str]) -> None:
 
 def load_tokenizer(config: TrainConfig) -> Tokenizer:
     tokenizer = Tokenizer(config.data.tokenizer)
-    vocab_size = config.objective.decoder.vocab_size
-    if tokenizer.vocab_size != vocab_size:
+    if tokenizer.vocab_size != config.objective.vocab_size:
         raise ConfigError(
             f"data.tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} pieces, "
-            f"but objective.decoder.vocab_size is {vocab_size}"
+            f"but the objective's vocab_size is {config.objective.vocab_size}"
         )
     return tokenizer
 
@@ -197,6 +187,7 @@ def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Trai
                 micro_batches = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
             log.replaced(sum(batch.count_replaced() for batch in micro_batches))
             counts = global_counts(micro_batches, device)
+            look_ahead(engine, micro_batches, counts)
             for batch in micro_batches:
                 losses = engine(batch.to(device), counts)
                 backward(engine, losses["loss"])
@@ -226,7 +217,6 @@ def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Trai
 
 def open_logger(config: TrainConfig, state: TrainState, device: torch.device) -> Logger:
     """The run's log; where the device's data sheet is known, also of its MFU, with captions as long as the context."""
-    objective = config.objective
     peak = peak_flops(device, torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
     return Logger(
         config.out,
@@ -235,7 +225,7 @@ def open_logger(config: TrainConfig, state: TrainState, device: torch.device) ->
         every=config.log_every,
         wandb=config.wandb,
         rank=dist.get_rank(),
-        flops_per_image=training_flops(objective.vision, objective.decoder, config.data.context_length),
+        flops_per_image=config.objective.training_flops(config.data.context_length),
         peak_flops=peak and peak * dist.get_world_size(),
         start=state.step,
         pending=state.log,
@@ -271,13 +261,14 @@ def processing_of(config: TrainConfig) -> ProcessorConfig:
 
 def finish(config: TrainConfig, engine: Engine) -> None:
     """Export the model and draw what it learned; every rank calls it, for the weights are gathered from all."""
-    weights = full_state_dict(engine)
+    model = engine.module.exported
+    weights = full_state_dict(model)
 
     def export_and_draw() -> None:
         folder = export_model(
             weights,
             Path(config.out) / "export",
-            config=config.objective,
+            config=model.config,
             processing=processing_of(config),
             tokenizer=config.data.tokenizer,
             metadata={"steps": config.steps, "images": config.steps * config.engine.batch_size, "seed": config.seed},

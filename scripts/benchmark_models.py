@@ -116,12 +116,12 @@ def train_subject(config: AIMv2Config, dtype: str, arguments: argparse.Namespace
     weights, master_weights = list(model.to(DTYPES[dtype]).parameters()), list(masters.parameters())
     optimizer = build_optimizer(masters, OptimConfig(peak_lr=1e-4, warmup_steps=0), fused=True)
     batch = random_batch(config, arguments.batch).to(arguments.device)
-    patches, tokens = count_targets([batch]).float().to(arguments.device)
+    counts = Counts.of(count_targets([batch]).float().to(arguments.device))
     if arguments.compile:
         model.compile()
 
     def run() -> None:
-        model(batch, Counts(patches=patches, tokens=tokens))["loss"].backward()
+        model(batch, counts)["loss"].backward()
         if masters is not model:
             for weight, master in zip(weights, master_weights, strict=True):
                 master.grad, weight.grad = weight.grad.float(), None

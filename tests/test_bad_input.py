@@ -46,7 +46,7 @@ MISTAKES = {
     "no tokenizer": (["data.tokenizer=tokenizers/klingon"], "no tokenizer at tokenizers/klingon: expected"),
     "vocabulary": (
         ["objective.decoder.vocab_size=100"],
-        "data.tokenizer tokenizers/shapes has 128 pieces, but objective.decoder.vocab_size is 100",
+        "data.tokenizer tokenizers/shapes has 128 pieces, but the objective's vocab_size is 100",
     ),
     "validation": (
         ["data.validation=none"],

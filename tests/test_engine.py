@@ -159,8 +159,7 @@ def plain_training() -> tuple[dict[str, Tensor], list[float]]:
     norms = []
     for step in range(STEPS):
         batch = whole_batch(step)
-        patches, tokens = count_targets([batch]).float()
-        loss = model(batch, Counts(patches=patches, tokens=tokens))["loss"]
+        loss = model(batch, Counts.of(count_targets([batch]).float()))["loss"]
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip).item())
@@ -178,7 +177,7 @@ def compare_with_plain_training(zero):
         take_step(engine, step)
         assert engine.was_step_applied()
         assert float(engine.get_global_grad_norm()) == pytest.approx(norms[step], rel=1e-5)
-    trained = full_state_dict(engine)
+    trained = full_state_dict(engine.module)
     assert list(trained) == list(expected)
     for name, value in expected.items():
         # Sums in another order differ by 1e-7 of their size, which Adam can make 1e-3 (lr) times as much of.
@@ -203,14 +202,14 @@ def compare_engines(undisturbed: Engine, disturbed: Engine):
     for step in range(3):
         take_step(undisturbed, step)
         if step == 1:
-            before = full_state_dict(disturbed)
+            before = full_state_dict(disturbed.module)
             take_step(disturbed, step, spoil=True)
             assert not disturbed.was_step_applied()
-            after = full_state_dict(disturbed)
+            after = full_state_dict(disturbed.module)
             assert all(torch.equal(after[name], before[name]) for name in before)
         take_step(disturbed, step)
         assert disturbed.was_step_applied()
-    expected, trained = full_state_dict(undisturbed), full_state_dict(disturbed)
+    expected, trained = full_state_dict(undisturbed.module), full_state_dict(disturbed.module)
     assert all(torch.equal(trained[name], expected[name]) for name in expected)
 
 
@@ -225,11 +224,11 @@ def evaluate_on_one_rank(zero, precision):
     engine = build(zero, precision)
     take_step(engine, 0)
     model = evaluation_model(engine, MODEL.build)
-    weights = full_state_dict(engine)
+    weights = full_state_dict(engine.module)
     if dist.get_rank() == 0:  # the others don't take part: it must be whole
         batch = whole_batch(7)
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        one = Counts(patches=torch.tensor(1.0), tokens=torch.tensor(1.0))
+        one = Counts.of(torch.ones(3))
         plain = MODEL.build()
         plain.load_state_dict(weights)
         with torch.no_grad():
@@ -258,7 +257,7 @@ def agree():
 
     parts = my_part(whole_batch(3))
     counts, expected = global_counts(parts, torch.device("cpu")), count_targets([whole_batch(3)])
-    assert [counts.patches, counts.tokens] == expected.tolist()
+    assert [counts.patches, counts.tokens, counts.samples] == expected.tolist()
     for part in parts:
         part.text_length.zero_()
     assert global_counts(parts, torch.device("cpu")).tokens == 1  # no captions anywhere: divided by one, not by zero

@@ -1,6 +1,6 @@
 """What the data path hands to an objective: one micro-batch, and the target counts its losses are divided by.
 
-B samples, N patches, T text positions, g the global sample number.
+B samples, N patches (the most of the micro-batch), P patch side, T text positions, g the global sample number.
 """
 
 from collections.abc import Sequence
@@ -21,18 +21,35 @@ class Replaced(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Batch:
-    """One micro-batch of one rank."""
+    """One micro-batch of one rank.
 
-    image: Tensor  # (B, 3, H, W) float32, normalised by the transform's mean and std
+    Images of different grids lie in it as strips: their patches side by side in raster order, a single row of N, with
+    zeros behind the shorter ones. A strip has the patches of its image; `grid` says where they were.
+    """
+
+    image: Tensor  # (B, 3, H, W) float32, normalised by the transform's mean and std; strips: (B, 3, P, N P)
     text: Tensor  # (B, T) int64 token ids, padded on the right; T >= 1
     text_length: Tensor  # (B,) int64, EOS included; 0 = no caption
-    prefix_length: Tensor  # (B,) int64, uniform on [1, N-1], drawn from (seed, g)
+    prefix_length: Tensor  # (B,) int64, uniform on [1, n-1] for an image of n patches, drawn from (seed, g)
     sample: Tensor  # (B,) int64, global sample number g
     num_patches: int  # N
+    grid: Tensor | None = None  # (B, 2) int64, rows and columns of patches if the images are strips
     replaced: list[Replaced] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.sample)
+
+    def patch_counts(self) -> Tensor:
+        """(B,) int64, the patches of each image without padding."""
+        if self.grid is None:
+            return torch.full_like(self.prefix_length, self.num_patches)
+        return self.grid.prod(dim=1)
+
+    def real_patches(self) -> Tensor | None:
+        """(B, N), True for an image's own patches and not for padding; None if there is none."""
+        if self.grid is None:
+            return None
+        return torch.arange(self.num_patches, device=self.grid.device) < self.patch_counts()[:, None]
 
     def count_replaced(self) -> int:
         """Samples that were replaced, however many tries each took."""
@@ -55,15 +72,22 @@ class Batch:
 class Counts:
     """Numbers of supervised targets in one optimizer step, over all ranks and micro-batches."""
 
-    patches: Tensor  # () sum of N - prefix_length, at least 1
+    patches: Tensor  # () sum of n - prefix_length, at least 1
     tokens: Tensor  # () sum of text_length, at least 1
+    samples: Tensor  # (), at least 1
+
+    @classmethod
+    def of(cls, totals: Tensor) -> Self:
+        """From the (3,) sums of `count_targets`; at least 1 each, so that a loss over nothing is finite."""
+        patches, tokens, samples = totals.clamp(min=1).unbind()
+        return cls(patches=patches, tokens=tokens, samples=samples)
 
 
 def count_targets(batches: Sequence[Batch]) -> Tensor:
-    """(2,) float64 [patches, tokens] of these micro-batches on this rank: before any reduction, not clamped.
+    """(3,) float64 [patches, tokens, samples] of these micro-batches on this rank: before any reduction, not clamped.
 
     float64 counts exactly up to 2^53 and every backend reduces it.
     """
-    patches = sum(len(b) * b.num_patches - int(b.prefix_length.sum()) for b in batches)
+    patches = sum(int((b.patch_counts() - b.prefix_length).sum()) for b in batches)
     tokens = sum(int(b.text_length.sum()) for b in batches)
-    return torch.tensor([patches, tokens], dtype=torch.float64)
+    return torch.tensor([patches, tokens, sum(map(len, batches))], dtype=torch.float64)

@@ -64,11 +64,11 @@ def count_split(loader: Iterable[Batch], world_size: int, device: torch.device) 
 
     Raises ValueError if there are fewer samples than ranks: the losses of a rank without any are unknown.
     """
-    totals = torch.zeros(4, dtype=torch.float64)  # patches, tokens, captions, samples
+    totals = torch.zeros(4, dtype=torch.float64)  # patches, tokens, samples, captions
     for batch in loader:
-        totals += torch.tensor([*count_targets([batch]), (batch.text_length > 0).sum(), len(batch)])
-    patches, tokens, captions, samples = sum_over_ranks(totals.to(device))
+        totals += torch.tensor([*count_targets([batch]), (batch.text_length > 0).sum()])
+    totals = sum_over_ranks(totals.to(device))
+    samples, captions = totals[2:].tolist()
     if samples < world_size:
         raise ValueError(f"{samples:.0f} validation samples for {world_size} ranks: expected at least one for each")
-    counts = Counts(patches=patches.clamp(min=1).float(), tokens=tokens.clamp(min=1).float())
-    return counts, int(captions)
+    return Counts.of(totals[:3].float()), int(captions)

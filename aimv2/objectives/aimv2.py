@@ -6,9 +6,12 @@ from torch import Tensor, nn
 
 from aimv2 import losses
 from aimv2.data.batch import Batch, Counts
+from aimv2.data.loader import DataConfig
 from aimv2.decoder import DecoderConfig, MultimodalDecoder
 from aimv2.encoder import VisionConfig, VisionEncoder
+from aimv2.flops import training_flops
 from aimv2.masks import prefix_mask
+from aimv2.objectives.checks import check_context, check_image_size
 
 
 @dataclass(slots=True, kw_only=True)
@@ -20,6 +23,19 @@ class AIMv2Config:
     def build(self) -> "AIMv2":
         return AIMv2(self)
 
+    @property
+    def vocab_size(self) -> int:
+        return self.decoder.vocab_size
+
+    def check(self, data: DataConfig) -> None:
+        """Raises ValueError for data that the model has no place for."""
+        check_image_size(data, self.vision.image_size)
+        check_context(data, self.decoder.context_length, "objective.decoder.context_length")
+
+    def training_flops(self, tokens: int) -> float:
+        """Of one image of the configured size with so many caption tokens."""
+        return training_flops(self.vision, self.decoder, tokens)
+
 
 class AIMv2(nn.Module):
     """L = L_caption + alpha * L_pixel over [image patches ; caption] (paper eq. 2-3)."""
@@ -29,6 +45,11 @@ class AIMv2(nn.Module):
         self.config = config
         self.encoder = VisionEncoder(config.vision)
         self.decoder = MultimodalDecoder(config.decoder, config.vision.width, config.vision.patch_size)
+
+    @property
+    def exported(self) -> nn.Module:
+        """What a run leaves behind: itself."""
+        return self
 
     def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Losses of a micro-batch, each already divided by the optimizer step's global number of targets."""

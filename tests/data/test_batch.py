@@ -27,11 +27,11 @@ def test_counts_equal_a_loop_over_every_target():
             tokens += length
     counts = count_targets(batches)
     assert counts.dtype == torch.float64
-    assert counts.tolist() == [patches, tokens]
+    assert counts.tolist() == [patches, tokens, 5]
 
 
 def test_nothing_to_count_is_zero_and_not_an_error():
-    assert count_targets([]).tolist() == [0, 0]
+    assert count_targets([]).tolist() == [0, 0, 0]
 
 
 def test_to_moves_every_tensor_and_keeps_the_rest():

@@ -250,8 +250,7 @@ def test_ranks_with_accumulation_equal_the_full_batch():
     expected = gradients(model)
     ranks = [[part_of(batch, slice(0, 1)), part_of(batch, slice(1, 3))], [part_of(batch, slice(3, 5))]]
     # what an all-reduce does: local targets are summed, then clamped
-    patches, tokens = sum(count_targets(rank) for rank in ranks).clamp(min=1)
-    counts = Counts(patches=patches, tokens=tokens)
+    counts = Counts.of(sum(count_targets(rank) for rank in ranks))
     total = [torch.zeros_like(g) for g in expected]
     for rank in ranks:
         replica = copy.deepcopy(model)

@@ -78,7 +78,7 @@ def forward_backward(model: AIMv2, batch: Batch, device: str = "cpu", bf16: str 
     if bf16 == "weights":
         model = model.bfloat16()
     counts = counts_of(batch)
-    counts = Counts(patches=counts.patches.to(device), tokens=counts.tokens.to(device))
+    counts = Counts.of(torch.stack([counts.patches, counts.tokens, counts.samples]).to(device))
     with torch.autocast(device, torch.bfloat16, enabled=bf16 == "autocast"):
         loss = model(batch, counts)["loss"]
     loss.backward()
@@ -158,7 +158,7 @@ def test_compiles_on_cuda(monkeypatch):
     expected = forward_backward(model, batch)
     model, batch = model.cuda(), batch.to("cuda")
     counts = counts_of(batch)
-    counts = Counts(patches=counts.patches.cuda(), tokens=counts.tokens.cuda())
+    counts = Counts.of(torch.stack([counts.patches, counts.tokens, counts.samples]).cuda())
     torch._dynamo.reset()
     loss = torch.compile(model, fullgraph=True)(batch, counts)["loss"]
     loss.backward()

@@ -48,8 +48,7 @@ def random_batch(
 
 
 def counts_of(*batches: Batch) -> Counts:
-    patches, tokens = count_targets(batches).clamp(min=1)
-    return Counts(patches=patches, tokens=tokens)
+    return Counts.of(count_targets(batches))
 
 
 def gradients(model: AIMv2) -> list[Tensor]:
