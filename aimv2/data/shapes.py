@@ -138,7 +138,8 @@ def encode_sample(scene: Scene) -> dict[str, bytes]:
 
     `jpg` keeps full chroma (4:4:4), for colour is a label here. `txt` is the first caption. `json` holds
 
-    - seed, split, index, difficulty, image_size (pixels);
+    - seed, split, index, difficulty;
+    - image_size in pixels: a number, or [width, height] in a world whose canvas is not always square;
     - captions: a list of strings;
     - objects: shape, colour, size, place, and box (xyxy pixels), in reading order;
     - labels: of the first object in reading order "shape" in [0, 6) and "shape_colour" = 6 * shape + colour in
@@ -155,7 +156,7 @@ def encode_sample(scene: Scene) -> dict[str, bytes]:
         "split": scene.split,
         "index": scene.index,
         "difficulty": scene.difficulty,
-        "image_size": scene.image_size,
+        "image_size": scene.canvas if world(scene.difficulty).most_aspect > 1 else scene.canvas[0],
         "captions": texts,
         "objects": [
             {"shape": o.shape, "colour": o.colour, "size": o.size, "place": o.place, "box": o.box}

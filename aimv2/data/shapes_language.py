@@ -98,7 +98,7 @@ def references(scene: Scene) -> list[Reference]:
     found = []
     for index, thing in enumerate(scene.objects):
         expression, with_place = _refer(rng, scene, thing, ("size", "colour", "shape"))
-        box = tuple(edge / scene.image_size for edge in thing.box)
+        box = tuple(edge / side for edge, side in zip(thing.box, 2 * scene.canvas, strict=True))
         found.append(Reference(expression=expression, object=index, box=box, with_place=with_place))
     return found
 

@@ -3,7 +3,10 @@
 All attributes are drawn independently and uniformly: the number of objects, then distinct places (the cells of a
 grid), then shape, colour and size of each. Nothing about an object can be guessed from another one, from its place or
 from the background, which is what makes the chance levels of the labels and questions exact. Last, each object's
-centre is drawn around that of its cell, again until no two objects touch.
+centre is drawn within its cell, again until no two objects touch.
+
+The canvas is square but in the mixed world: there each scene draws its aspect ratio, independently of all else, and
+the area stays.
 
 Pixels are xyxy with the origin at the top left corner, y downwards.
 """
@@ -21,7 +24,6 @@ COLOURS = ("red", "yellow", "green", "cyan", "blue", "purple")
 SIZES = ("big", "small")
 SPLITS = ("train", "validation", "test")
 
-CELL = 24  # pixels
 OVERSAMPLING = 8
 
 # Degrees. At least 44 apart where the jitter is 8, so the names stay true after JPEG.
@@ -36,39 +38,52 @@ class World:
 
     name: str
     grid: int
+    image_size: int  # pixels: the side of the canvas, or of the square of its area
+    most_aspect: float = 1.0  # of width to height and of height to width
     most_objects: int
     turn: float  # largest rotation, degrees
-    wander: float  # largest distance along x and y from the centre of the cell, pixels
+    margin: float  # least distance of an object's centre from the edges of its cell, pixels
     contrast: tuple[float, float]  # least and most amplitude of the background's texture, of 255
     places: tuple[str, ...]  # in reading order
 
-    @property
-    def image_size(self) -> int:
-        return CELL * self.grid
 
-
+_CORNERS = ("top left", "top right", "bottom left", "bottom right")
 WORLDS = {
     "quick": World(
         name="quick",
         grid=2,
+        image_size=48,
         most_objects=2,
         turn=20.0,
-        wander=4.0,
+        margin=8.0,
         contrast=(8.0, 16.0),
-        places=("top left", "top right", "bottom left", "bottom right"),
+        places=_CORNERS,
     ),
     "full": World(
         name="full",
         grid=3,
+        image_size=72,
         most_objects=3,
         turn=180.0,
-        wander=8.0,
+        margin=4.0,
         contrast=(15.0, 40.0),
         places=(
             *("top left", "top", "top right"),
             *("left", "centre", "right"),
             *("bottom left", "bottom", "bottom right"),
         ),
+    ),
+    # Objects of the quick world's size in pixels, small against the canvas.
+    "mixed": World(
+        name="mixed",
+        grid=2,
+        image_size=96,
+        most_aspect=2.0,
+        most_objects=2,
+        turn=20.0,
+        margin=8.0,
+        contrast=(8.0, 16.0),
+        places=_CORNERS,
     ),
 }
 
@@ -121,18 +136,15 @@ class Scene:
     split: str
     index: int
     difficulty: str
+    canvas: tuple[int, int]  # width, height in pixels
     objects: tuple[Object, ...]
-
-    @property
-    def image_size(self) -> int:
-        return world(self.difficulty).image_size
 
     def generator(self, stream: str) -> np.random.Generator:
         """A generator of this scene's own, for one of _STREAMS."""
         return _generator(self.seed, self.split, self.index, self.difficulty, stream)
 
 
-_STREAMS = ("objects", "background", "captions", "references", "questions")
+_STREAMS = ("objects", "background", "captions", "references", "questions", "canvas")
 
 
 def _generator(seed: int, split: str, index: int, difficulty: str, stream: str) -> np.random.Generator:
@@ -151,12 +163,13 @@ def scene(seed: int, split: str, index: int, difficulty: str) -> Scene:
         raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
     if seed < 0 or index < 0:
         raise ValueError(f"seed and index are {seed} and {index}, expected at least 0")
+    canvas = _canvas(_generator(seed, split, index, difficulty, "canvas"), board)
     rng = _generator(seed, split, index, difficulty, "objects")
     count = int(rng.integers(1, board.most_objects + 1))
     cells = sorted(rng.choice(len(board.places), size=count, replace=False).tolist())
     names = [tuple(options[rng.integers(len(options))] for options in (SHAPES, COLOURS, SIZES)) for _ in cells]
     radii = [rng.uniform(*_RADII[size]) for *_, size in names]
-    centres = _centres(rng, board, cells, radii)
+    centres = _centres(rng, board, canvas, cells, radii)
     objects = tuple(
         Object(
             shape=shape,
@@ -164,19 +177,29 @@ def scene(seed: int, split: str, index: int, difficulty: str) -> Scene:
             size=size,
             place=board.places[cell],
             rgb=_shade(rng, colour),
-            **_drawn(shape, radius, centre, rng.uniform(-board.turn, board.turn), board.image_size),
+            **_drawn(shape, radius, centre, rng.uniform(-board.turn, board.turn), canvas),
         )
         for (shape, colour, size), cell, radius, centre in zip(names, cells, radii, centres, strict=True)
     )
-    return Scene(seed=seed, split=split, index=index, difficulty=difficulty, objects=objects)
+    return Scene(seed=seed, split=split, index=index, difficulty=difficulty, canvas=canvas, objects=objects)
 
 
-def _centres(rng: np.random.Generator, board: World, cells: list[int], radii: list[float]) -> np.ndarray:
-    """Centres (objects, 2) in pixels: within `wander` of the cells' centres, a pixel off the edges and one another."""
+def _canvas(rng: np.random.Generator, board: World) -> tuple[int, int]:
+    """Width and height: their ratio log-uniform between `most_aspect` and its inverse, the area image_size^2."""
+    furthest = math.log(board.most_aspect)
+    width = round(board.image_size * math.exp(rng.uniform(-furthest, furthest) / 2))
+    return width, round(board.image_size**2 / width)
+
+
+def _centres(
+    rng: np.random.Generator, board: World, canvas: tuple[int, int], cells: list[int], radii: list[float]
+) -> np.ndarray:
+    """Centres (objects, 2) in pixels: `margin` off their cells' edges, a pixel off the canvas's and one another."""
     reach = _REACH * np.array(radii)[:, None]
-    middle = CELL * (np.array([(cell % board.grid, cell // board.grid) for cell in cells]) + 0.5)
-    low = np.maximum(middle - board.wander, reach + 1)
-    high = np.minimum(middle + board.wander, board.image_size - 1 - reach)
+    cell_size = np.array(canvas) / board.grid
+    first = cell_size * [(cell % board.grid, cell // board.grid) for cell in cells]  # top left corners of the cells
+    low = np.maximum(first + board.margin, reach + 1)
+    high = np.minimum(first + cell_size - board.margin, np.array(canvas) - 1 - reach)
     pairs = tuple(itertools.combinations(range(len(cells)), 2))
     while True:
         centres = rng.uniform(low, high)
@@ -220,10 +243,10 @@ _HOLES = {"ring": _regular(48, 0.6)}
 _REACH = 1.26
 
 
-def _drawn(shape: str, radius: float, centre: np.ndarray, turn: float, image_size: int) -> dict:
+def _drawn(shape: str, radius: float, centre: np.ndarray, turn: float, canvas_size: tuple[int, int]) -> dict:
     """The mask of one object and its window's corner. A pixel's value is its covered share, by supersampling."""
     corner = np.floor(centre - _REACH * radius).astype(int).clip(0)
-    width, height = np.minimum(np.ceil(centre + _REACH * radius).astype(int), image_size) - corner
+    width, height = np.minimum(np.ceil(centre + _REACH * radius).astype(int), canvas_size) - corner
     cosine, sine = math.cos(math.radians(turn)), math.sin(math.radians(turn))
     rotation = np.array([(cosine, sine), (-sine, cosine)])
     canvas = Image.new("L", (int(width) * OVERSAMPLING, int(height) * OVERSAMPLING))
@@ -237,8 +260,8 @@ def _drawn(shape: str, radius: float, centre: np.ndarray, turn: float, image_siz
 
 
 def render(scene: Scene) -> Image.Image:
-    """Paint the objects over their background: an RGB image of `scene.image_size` squared."""
-    canvas = _background(scene.generator("background"), world(scene.difficulty))  # (H, W, 3)
+    """Paint the objects over their background: an RGB image of the size of `scene.canvas`."""
+    canvas = _background(scene.generator("background"), world(scene.difficulty), scene.canvas)  # (H, W, 3)
     for thing in scene.objects:
         x, y = thing.corner
         height, width = thing.coverage.shape
@@ -247,24 +270,24 @@ def render(scene: Scene) -> Image.Image:
     return Image.fromarray((canvas + 0.5).clip(0, 255).astype(np.uint8))
 
 
-def _background(rng: np.random.Generator, board: World) -> np.ndarray:
-    """A greyish texture (size, size, 3) float32: a ramp, stripes or clouds, faint and smooth.
+def _background(rng: np.random.Generator, board: World, canvas: tuple[int, int]) -> np.ndarray:
+    """A greyish texture (height, width, 3) float32: a ramp, stripes or clouds, faint and smooth.
 
     Smooth, because pixel targets are normalised patch by patch: in a patch of fine noise, however faint, all of the
     target would be unpredictable.
     """
-    size = board.image_size
+    width, height = canvas
     grey = rng.uniform(70, 185) + rng.uniform(-12, 12, 3)
-    x = np.arange(size, dtype=np.float32) - (size - 1) / 2
-    y = x[:, None]
+    x = np.arange(width, dtype=np.float32) - (width - 1) / 2
+    y = (np.arange(height, dtype=np.float32) - (height - 1) / 2)[:, None]
     waves = {"ramp": 1, "stripes": 1, "clouds": 3}
     kind = tuple(waves)[rng.integers(len(waves))]
-    texture = np.zeros((size, size), dtype=np.float32)
+    texture = np.zeros((height, width), dtype=np.float32)
     for _ in range(waves[kind]):
         angle, phase = rng.uniform(0, 2 * np.pi, 2)
         along = x * math.cos(angle) + y * math.sin(angle)
         if kind == "ramp":
-            texture += 2 * along / size
+            texture += 2 * along / max(canvas)
         else:
             length = rng.uniform(10, 20) if kind == "stripes" else rng.uniform(24, 60)
             texture += np.sin(2 * np.pi * along / length + phase)

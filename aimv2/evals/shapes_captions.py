@@ -2,26 +2,38 @@
 
 The truth is the `json` member of each sample, not its caption. Chance, for a captioner that knows the grammar and not
 the image, is 1/6 for shape and colour and 1/2 for size once the place is right, and below 1 % for the exact set.
+
+B images, N patches.
 """
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
+from aimv2.data.batch import Batch
 from aimv2.data.loader import DataConfig, validation_loader
 from aimv2.data.remote import RemoteFiles
 from aimv2.data.shapes import parse_caption
 from aimv2.data.shards import Shards, expand_shards
-from aimv2.data.tokenizer import Tokenizer
+from aimv2.data.tokenizer import open_tokenizer
 from aimv2.evals.harness import at_rest
+from aimv2.evals.results import Metric
 from aimv2.ranks import sum_over_ranks
 
 ATTRIBUTES = ("shape", "colour", "size", "place")  # as `parse_caption` orders them
 Objects = frozenset[tuple[str, str, str, str]]
+
+
+class Truth(NamedTuple):
+    """What is to be seen in an image."""
+
+    objects: Objects
+    difficulty: str
+    aspect: float  # width / height
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +46,7 @@ class ShapesCaptions:
     every: int = 0  # steps; 0: at the end only
     samples: int = 512  # at most, over all ranks
     batch_size: int = 128  # images per rank and pass
+    area: int | None = None  # patches an image, whose aspect ratio is kept; None: as the data are validated
 
     def build(
         self, data: DataConfig, *, patch_size: int, seed: int, rank: int, world_size: int, device: torch.device
@@ -47,8 +60,9 @@ class ShapesCaptions:
             rank=rank,
             world_size=world_size,
             limit=self.samples,
+            area=self.area,
         )
-        tokenizer = Tokenizer(data.tokenizer)
+        tokenizer = open_tokenizer(data.tokenizer)
         remote = RemoteFiles(data.remote) if data.remote else None
         records = Shards(expand_shards(data.validation.shards, remote), ("json",), remote)
 
@@ -56,21 +70,30 @@ class ShapesCaptions:
             counts = torch.zeros(len(COUNTED), dtype=torch.float64)
             with at_rest(model):
                 for batch in loader:
-                    features = model.encoder(batch.image.to(device))
-                    captions = model.decoder.generate(features, eos_id=tokenizer.eos_id, max_tokens=data.context_length)
+                    captions = caption_ids(model, batch.to(device), tokenizer.eos_id, data.context_length)
                     for number, ids in zip(batch.sample.tolist(), captions, strict=True):
-                        truth, difficulty = true_objects(records[number].json)
-                        counts += count_right(parse_caption(tokenizer.decode(ids), difficulty), truth)
+                        truth = read_truth(records[number].json)
+                        counts += count_right(parse_caption(tokenizer.decode(ids), truth.difficulty), truth.objects)
             return score(sum_over_ranks(counts.to(device)).tolist())
 
         return evaluate
 
 
-def true_objects(record: bytes | None) -> tuple[Objects, str]:
-    """The objects and the difficulty in the `json` of a shapes sample; ValueError if it is none."""
+def caption_ids(model: nn.Module, batch: Batch, eos_id: int, max_tokens: int) -> list[list[int]]:
+    """Greedy captions of the images of a batch that lies where the model does, which sees no padding."""
+    real = batch.real_patches()  # (B, N)
+    mask = None if real is None else real[:, None, None]  # (B, 1, 1, N)
+    features = model.encoder(batch.image, mask, grid=batch.grid)
+    return model.decoder.generate(features, real=real, eos_id=eos_id, max_tokens=max_tokens)
+
+
+def read_truth(record: bytes | None) -> Truth:
+    """From the `json` of a shapes sample; ValueError if it is none."""
     try:
         scene = json.loads(record or b"{}")
-        return frozenset(tuple(o[a] for a in ATTRIBUTES) for o in scene["objects"]), scene["difficulty"]
+        objects = frozenset(tuple(o[a] for a in ATTRIBUTES) for o in scene["objects"])
+        size = scene["image_size"]
+        return Truth(objects, scene["difficulty"], size[0] / size[1] if isinstance(size, list) else 1.0)
     except (KeyError, TypeError) as error:
         raise ValueError(f"not the json of a shapes sample, without {error}: {record!r:.80}") from error
 
@@ -91,6 +114,16 @@ def count_right(stated: Objects | None, truth: Objects) -> torch.Tensor:
     return torch.tensor([1, stated is not None, stated == truth, len(truth), claims, *right], dtype=torch.float64)
 
 
+SCORES = {  # what of COUNTED is right, and of how many
+    "exact_set": ("exact", "images"),
+    "object_colour": ("colour", "objects"),
+    "object_place": ("place", "claims"),
+    "object_shape": ("shape", "objects"),
+    "object_size": ("size", "objects"),
+    "parsed": ("parsed", "images"),
+}
+
+
 def score(counts: Sequence[float]) -> dict[str, float]:
     """Shares from sums of COUNTED over images.
 
@@ -99,12 +132,20 @@ def score(counts: Sequence[float]) -> dict[str, float]:
     objects that are matched and right in it.
     """
     n = dict(zip(COUNTED, counts, strict=True))
-    images, objects, claims = (max(n[key], 1.0) for key in ("images", "objects", "claims"))
-    return {
-        "exact_set": n["exact"] / images,
-        "object_colour": n["colour"] / objects,
-        "object_place": n["place"] / claims,
-        "object_shape": n["shape"] / objects,
-        "object_size": n["size"] / objects,
-        "parsed": n["parsed"] / images,
-    }
+    return {name: n[right] / max(n[of], 1.0) for name, (right, of) in SCORES.items()}
+
+
+def score_with_errors(counts: torch.Tensor) -> dict[str, Metric]:
+    """`score` of (n, 9) counts, a row an image and at least one, with standard errors.
+
+    Images are independent, objects of one image are not: the error of a ratio of sums is that of its residuals a - r b
+    over images, which for a share of images is the binomial one.
+    """
+    columns = dict(zip(COUNTED, counts.T, strict=True))
+    metrics = {}
+    for name, (right, of) in SCORES.items():
+        value = (columns[right].sum() / columns[of].sum()).item()
+        residuals = columns[right] - value * columns[of]
+        error = residuals.square().sum().sqrt() / columns[of].sum()
+        metrics[name] = Metric(value, error.item(), len(counts))
+    return metrics

@@ -132,7 +132,7 @@ def test_references_fit_one_object_and_none_is_shorter(drawn):
     for reference in found:
         thing = drawn.objects[reference.object]
         assert _meant(reference.expression, drawn.objects) == [thing]
-        assert np.multiply(reference.box, drawn.image_size) == pytest.approx(thing.box)
+        assert np.multiply(reference.box, 2 * drawn.canvas) == pytest.approx(thing.box)
         twins = [o for o in drawn.objects if o.attributes[:3] == thing.attributes[:3]]
         assert reference.with_place == (len(twins) > 1) == (" at " in reference.expression)
         length = len(reference.expression.split())

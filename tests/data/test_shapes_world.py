@@ -53,9 +53,66 @@ def test_the_world_has_not_changed():
         "top right: small yellow circle",
         "centre: small red triangle, right: big purple star",
         "top left: big purple star, top: big yellow square",
+        "the cyan cross at bottom right is small",
+        "a small purple circle at top right and a big yellow circle at bottom right",
     ]
     boxes = [thing.box for d in DIFFICULTIES for thing in scene(0, "train", 0, d).objects]
-    assert boxes == [(5, 2, 25, 23), (6, 28, 22, 44), (26, 28, 37, 40), (43, 31, 63, 49)]
+    assert boxes == [(5, 2, 25, 23), (6, 28, 22, 44), (26, 28, 37, 40), (43, 31, 63, 49), (58, 66, 71, 78)]
+    canvases = [scene(0, "train", i, d).canvas for d in DIFFICULTIES for i in (0, 1)]
+    assert canvases == [(48, 48), (48, 48), (72, 72), (72, 72), (112, 82), (119, 77)]
+
+
+def test_aspects_are_log_uniform_and_areas_constant(many):
+    board = WORLDS[many[0].difficulty]
+    for width, height in (drawn.canvas for drawn in many):
+        assert abs(width * height - board.image_size**2) <= width / 2  # the height is rounded
+    if board.most_aspect == 1:
+        assert {drawn.canvas for drawn in many} == {(board.image_size, board.image_size)}
+        return
+    # Thirds of the range of log2; widths are whole, so their edges are off by half a pixel of 96, and shares by 1.5 %:
+    # 1.2 of the 4.5 standard deviations.
+    thirds = [
+        min(2, int(3 * (math.log2(width / height) / math.log2(board.most_aspect) + 1) / 2))
+        for width, height in (drawn.canvas for drawn in many)
+    ]
+    assert_uniform(thirds, range(3))
+    # And they say nothing of the objects.
+    scenes = list(zip(thirds, many, strict=True))
+    things = [(third, thing) for third, drawn in scenes for thing in drawn.objects]
+    for found, options in (
+        ([(third, len(drawn.objects)) for third, drawn in scenes], range(1, board.most_objects + 1)),
+        ([(third, thing.place) for third, thing in things], board.places),
+        ([(third, thing.shape) for third, thing in things], SHAPES),
+    ):
+        assert_uniform(found, [(third, option) for third in range(3) for option in options])
+
+
+def test_mixed_objects_are_quick_ones_in_larger_quadrants():
+    """The sizes in pixels are those of the quick world; centres are everywhere in the quadrant but for a margin."""
+    quick, mixed = ([scene(5, "train", i, difficulty) for i in range(1500)] for difficulty in ("quick", "mixed"))
+
+    def longest(scenes, size):
+        boxes = [thing.box for drawn in scenes for thing in drawn.objects if thing.size == size]
+        return [max(right - left, bottom - top) for left, top, right, bottom in boxes]
+
+    for size in SIZES:
+        assert np.mean(longest(mixed, size)) == pytest.approx(np.mean(longest(quick, size)), abs=0.2)  # se 0.05
+    boxes = np.array([(*thing.box, *drawn.canvas) for drawn in mixed for thing in drawn.objects])
+    corners, canvases = boxes[:, :4].reshape(-1, 2, 2), boxes[:, 4:]
+    to_edge = np.minimum(corners[:, 0], canvases - corners[:, 1])
+    assert 1 <= to_edge.min() <= 2
+    # A triangle's box is up to 2.7 px off its centre, and rounded to whole pixels.
+    margin, to_midline = WORLDS["mixed"].margin, abs(corners.mean(1) - canvases / 2)
+    assert margin - 2.7 - 1 <= to_midline.min() < margin and to_midline.max() > 50
+
+
+def test_image_size_in_the_json(many):
+    sizes = [json.loads(encode_sample(drawn)["json"])["image_size"] for drawn in many[:50]]
+    board = WORLDS[many[0].difficulty]
+    if board.most_aspect == 1:
+        assert sizes == [board.image_size] * 50
+    else:
+        assert sizes == [list(drawn.canvas) for drawn in many[:50]] and len({tuple(size) for size in sizes}) > 20
 
 
 @pytest.mark.parametrize(
@@ -72,8 +129,8 @@ def test_scene_errors(arguments, message):
 def test_boxes_bound_what_is_drawn(drawn):
     """Oracle: the pixels that change when one object is left out of the picture."""
     whole = np.asarray(render(drawn)).astype(int)
-    size = WORLDS[drawn.difficulty].image_size
-    assert whole.shape == (size, size, 3)
+    width, height = drawn.canvas
+    assert whole.shape == (height, width, 3)
     changed = []
     for thing in drawn.objects:
         rest = replace(drawn, objects=tuple(o for o in drawn.objects if o is not thing))
@@ -82,7 +139,7 @@ def test_boxes_bound_what_is_drawn(drawn):
         outer = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
         assert np.abs(np.subtract(outer, thing.box)).max() <= 1  # the fringe: pixels less than a fifth covered
         left, top, right, bottom = thing.box
-        assert 0 <= left < right <= size and 0 <= top < bottom <= size
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
         changed.append(difference > 0)
     assert np.sum(changed, axis=0).max() <= 1, "objects overlap"
 
@@ -94,7 +151,7 @@ def test_places_and_sizes_name_what_is_drawn(drawn):
     vertical = {0: "top", cells - 1: "bottom"}
     horizontal = {0: "left", cells - 1: "right"}
     for thing in drawn.objects:
-        left, top, right, bottom = (edge / drawn.image_size for edge in thing.box)
+        left, top, right, bottom = np.divide(thing.box, 2 * drawn.canvas)
         row, column = int((top + bottom) / 2 * cells), int((left + right) / 2 * cells)
         assert thing.place == (f"{vertical.get(row, '')} {horizontal.get(column, '')}".strip() or "centre")
         longest = max(thing.box[2] - thing.box[0], thing.box[3] - thing.box[1])

@@ -6,7 +6,7 @@ import torch
 from aimv2.data.loader import validation_loader
 from aimv2.data.shapes import scene
 from aimv2.data.tokenizer import Tokenizer
-from aimv2.evals.shapes_captions import ShapesCaptions, count_right, score, true_objects
+from aimv2.evals.shapes_captions import ShapesCaptions, count_right, read_truth, score
 
 PLACE = {"patch_size": 16, "seed": 0, "rank": 0, "world_size": 1, "device": torch.device("cpu")}
 RED = ("circle", "red", "big", "top left")
@@ -19,10 +19,10 @@ class Captioner(torch.nn.Module):
     def __init__(self, captions: dict[bytes, list[int]]):
         super().__init__()
         self.captions = captions
-        self.encoder = lambda image: image
+        self.encoder = lambda image, mask, grid: image
         self.decoder = SimpleNamespace(generate=self.generate)
 
-    def generate(self, features, *, eos_id, max_tokens):
+    def generate(self, features, *, real, eos_id, max_tokens):
         return [self.captions[image.numpy().tobytes()] for image in features]
 
 
@@ -113,6 +113,6 @@ def test_two_ranks_count_what_one_does(shapes, monkeypatch):
 
 def test_data_of_another_world_are_refused():
     with pytest.raises(ValueError, match="not the json of a shapes sample, without 'objects'"):
-        true_objects(b'{"url": "x"}')
+        read_truth(b'{"url": "x"}')
     with pytest.raises(ValueError, match="not the json"):
-        true_objects(None)
+        read_truth(None)

@@ -22,8 +22,13 @@ from aimv2.data.tar import ShardError, read_members
 from aimv2.evals.datasets.interface import Box, Dataset, ImageSet, Texts
 from aimv2.evals.datasets.labels import number_labels
 
-SINGLE = "single_"
-SHAPES_LABELS = ("shape", "shape_colour", "count", f"{SINGLE}shape", f"{SINGLE}shape_colour")
+SINGLE, SMALL = "single_", "small_"  # images of one object, of one small object
+SHAPES_LABELS = (
+    "shape",
+    "shape_colour",
+    "count",
+    *(f"{of}{kind}" for of in (SINGLE, SMALL) for kind in ("shape", "shape_colour")),
+)
 CAPTION_KEYS = ("captions", "caption")  # of a sample's JSON
 
 _MOST_CLS = 1000  # bytes
@@ -109,12 +114,13 @@ def open_shards(pattern: str, spec: str) -> Dataset:
 
 
 def open_shapes(where: str, spec: str) -> Dataset:
-    """`FOLDER[@shape|shape_colour|count|single_shape|single_shape_colour]` (shape), of the folder that
-    `data.shapes.write_shards` wrote.
+    """`FOLDER[@shape|shape_colour|count|single_shape|single_shape_colour|small_shape|small_shape_colour]` (shape), of
+    the folder that `data.shapes.write_shards` wrote.
 
     The class is that of the first object in reading order, or how many objects there are; with `single_`, only images
-    of one object are taken, so that the class does not depend on an order. Templates are all captions of one object, in
-    the three forms of the world's grammar. `boxes` have the class of each object, unless it is a count.
+    of one object are taken, so that the class does not depend on an order; with `small_`, only of one small object.
+    Templates are all captions of one object, in the three forms of the world's grammar. `boxes` have the class of each
+    object, unless it is a count.
 
     Raises:
         ShardError: a shard is missing or damaged.
@@ -125,7 +131,8 @@ def open_shapes(where: str, spec: str) -> Dataset:
         folder, label = where, "shape"
     if label not in SHAPES_LABELS:
         raise ValueError(f"{spec}: label {label!r}, expected one of {', '.join(SHAPES_LABELS)}")
-    name, single, label = label, label.startswith(SINGLE), label.removeprefix(SINGLE)
+    name = label
+    taken, label = next(((of, label.removeprefix(of)) for of in (SINGLE, SMALL) if label.startswith(of)), ("", label))
     splits = {split: open_split(os.path.join(folder, f"{split}-*.tar")) for split in ("train", "validation")}
     board = Members(splits["validation"], _board, ("json",))[0]
     sets = {}
@@ -133,9 +140,10 @@ def open_shapes(where: str, spec: str) -> Dataset:
         labels = Members(entries, partial(_shapes_label, label=label), ("json",))
         boxes = None if label == "count" else Members(entries, partial(_boxes, label=label), ("json",))
         sets[split] = _image_set("shapes", split, entries, list(labels), boxes)
-        if single:
-            counts = Members(entries, partial(_shapes_label, label="count"), ("json",))
-            sets[split] = sets[split].subset([row for row, count in enumerate(counts) if count == 0])
+        if taken:
+            sizes = Members(entries, _sizes, ("json",))
+            allowed = (["big"], ["small"]) if taken == SINGLE else (["small"],)
+            sets[split] = sets[split].subset([row for row, found in enumerate(sizes) if found in allowed])
     return Dataset(
         spec=spec,
         name=f"shapes {name}",
@@ -290,11 +298,16 @@ def _shapes_label(sample: Sample, label: str) -> int:
     return value - 1 if label == "count" else value  # no scene is without an object
 
 
+def _sizes(sample: Sample) -> list[str]:
+    return [thing["size"] for thing in _record(sample)["objects"]]
+
+
 def _boxes(sample: Sample, label: str) -> list[tuple[int, Box]]:
     record = _record(sample)
-    side, found = record["image_size"], []
+    size, found = record["image_size"], []
+    sides = 2 * (size if isinstance(size, list) else [size, size])
     for thing in record["objects"]:
         shape, colour = SHAPES.index(thing["shape"]), COLOURS.index(thing["colour"])
-        x0, y0, x1, y1 = (edge / side for edge in thing["box"])
+        x0, y0, x1, y1 = (edge / side for edge, side in zip(thing["box"], sides, strict=True))
         found.append((shape if label == "shape" else shape * len(COLOURS) + colour, (x0, y0, x1, y1)))
     return found

@@ -45,16 +45,17 @@ def test_shapes_are_labelled_as_their_world_says(folder, label):
 
 
 @pytest.mark.parametrize("label", ["shape", "shape_colour"])
-def test_single_takes_the_images_of_one_object(folder, label):
-    everything, single = open_dataset(f"shapes:{folder}@{label}"), open_dataset(f"shapes:{folder}@single_{label}")
-    counts = open_dataset(f"shapes:{folder}@count")
+@pytest.mark.parametrize(("taken", "sizes"), [("single", {"big", "small"}), ("small", {"small"})])
+def test_images_of_one_object_are_taken(folder, label, taken, sizes):
+    everything, some = open_dataset(f"shapes:{folder}@{label}"), open_dataset(f"shapes:{folder}@{taken}_{label}")
     for split in ("train", "test"):
-        of_all, of_single = getattr(everything, split), getattr(single, split)
-        rows = [row for row, count in enumerate(getattr(counts, split).labels) if count == 0]
+        of_all, of_some = getattr(everything, split), getattr(some, split)
+        scenes = [attributes(of_all.split, row) for row in range(len(of_all))]
+        rows = [row for row, objects in enumerate(scenes) if len(objects) == 1 and objects[0].size in sizes]
         assert 0 < len(rows) < len(of_all)
-        assert list(of_single.keys) == [of_all.keys[row] for row in rows]
-        assert of_single.labels.tolist() == of_all.labels[rows].tolist()
-    assert (single.classes, single.name) == (everything.classes, f"shapes single_{label}")
+        assert list(of_some.keys) == [of_all.keys[row] for row in rows]
+        assert of_some.labels.tolist() == of_all.labels[rows].tolist()
+    assert (some.classes, some.name) == (everything.classes, f"shapes {taken}_{label}")
 
 
 def test_boxes_are_those_of_the_world(folder):
@@ -68,6 +69,19 @@ def test_boxes_are_those_of_the_world(folder):
             boxes = np.array([box for _, box in found]) * 72  # pixels, of a 3 x 3 grid of cells of 24
             np.testing.assert_allclose(boxes, [o.box for o in objects], atol=1e-9)  # float64 there and back
     assert not open_dataset(f"shapes:{folder}@count").test.has_boxes
+
+
+def test_boxes_are_shares_of_sides_that_differ(tmp_path):
+    """Oracle: the scene itself, which knows its canvas."""
+    write_shards(ShapesRecipe(difficulty="mixed", folder=str(tmp_path), train=3, validation=12))
+    data = open_dataset(f"shapes:{tmp_path}@shape")
+    for i in range(12):
+        drawn = scene(0, "validation", i, "mixed")
+        assert data.test.image(i).size == drawn.canvas
+        boxes = np.array([box for _, box in data.test.boxes(i)]) * (2 * drawn.canvas)
+        np.testing.assert_allclose(boxes, [o.box for o in drawn.objects], atol=1e-9)  # float64 there and back
+    places = len(world("mixed").places)
+    assert len(data.templates) == 3 * 6 * 2 * places == len(set(data.templates))
 
 
 def test_templates_are_the_captions_of_one_object(folder):
