@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader
 
 from aimv2.data.batch import Batch
 from aimv2.data.mixture import MixtureChange, Source, weights_over_time
+from aimv2.data.native import NativeConfig, NativeOrder, SizedSample, patch_budget
 from aimv2.data.remote import RemoteConfig
 from aimv2.data.samples import Samples
 from aimv2.data.shapes import ShapesRecipe
 from aimv2.data.tar import ShardError
-from aimv2.data.tokenizer import Tokenizer
+from aimv2.data.tokenizer import open_tokenizer
 from aimv2.data.transforms import TransformConfig
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,9 @@ class DataConfig:
     changes: list[MixtureChange] = field(default_factory=list)  # of the weights, in mid-run
     validation: Source | None = None
     remote: RemoteConfig | None = None  # what may be read from elsewhere; None: local files only
-    tokenizer: str  # path
+    tokenizer: str  # path, or "clip" for CLIP's byte pairs
     transform: TransformConfig = field(default_factory=TransformConfig)
+    native: NativeConfig | None = None  # None: every image at transform.image_size
     context_length: int = 77  # most tokens of a caption, EOS included
     pad_text_to_context: bool = False  # False: pad to the longest caption of the micro-batch
     workers: int = 2
@@ -53,6 +55,10 @@ class DataConfig:
         if self.context_length < 1 or self.workers < 0:
             raise ValueError(
                 f"context_length {self.context_length} and workers {self.workers}: expected at least 1 and 0"
+            )
+        if self.native is not None and self.transform.crop_scale is not None:
+            raise ValueError(
+                f"transform.crop_scale {self.transform.crop_scale} with native: expected None, for whole images"
             )
 
 
@@ -82,7 +88,14 @@ class SampleCounter:
 
 
 class SampleLoader(DataLoader):
-    """A DataLoader whose batches pass a SampleCounter, `replaced`, in the main process."""
+    """A DataLoader whose batches pass a SampleCounter, `replaced`, in the main process.
+
+    Of training, `order.samples(first_batch, number)` says how many samples are in so many micro-batches of all ranks.
+    """
+
+    @property
+    def order(self) -> "_TrainOrder | NativeOrder":
+        return self.batch_sampler
 
     def __iter__(self) -> Iterator[Batch]:
         self.replaced = SampleCounter()
@@ -103,6 +116,10 @@ class _TrainOrder:
     rank: int
     world_size: int
 
+    def samples(self, first_batch: int, number: int) -> int:
+        """As `NativeOrder.samples`."""
+        return number * self.micro_batch
+
     def __iter__(self) -> Iterator[range]:
         for k in itertools.count():
             first = self.start + (k * self.world_size + self.rank) * self.micro_batch
@@ -110,9 +127,21 @@ class _TrainOrder:
 
 
 def train_loader(
-    config: DataConfig, *, patch_size: int, micro_batch: int, start: int, seed: int, rank: int, world_size: int
+    config: DataConfig,
+    *,
+    patch_size: int,
+    micro_batch: int,
+    start: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    first_batch: int = 0,
 ) -> SampleLoader:
     """Endless batches from global sample `start` on; micro-batch k of a rank is g = start + (k world + rank) B + j.
+
+    Native: micro-batches have the patches, not the images, of `micro_batch` images of the transform's size, and
+    micro-batch k of a rank is number first_batch + k world + rank of all, see `NativeOrder`. A run goes on with as many
+    samples and micro-batches as all ranks together have had.
 
     Raises:
         ShardError: a shard or its index is missing, or they disagree (see `shards.ensure_indices`).
@@ -123,7 +152,15 @@ def train_loader(
         for since, shares in samples.mixture.shares:
             parts = (f"{s.name} {share / sum(shares):.4%}" for s, share in zip(config.train, shares, strict=True))
             logger.info("from sample %d on: %s", since, ", ".join(parts))
-    order = _TrainOrder(micro_batch=micro_batch, start=start, rank=rank, world_size=world_size)
+    place = {"start": start, "rank": rank, "world_size": world_size}
+    if config.native is None:
+        order = _TrainOrder(micro_batch=micro_batch, **place)
+    else:
+        budget = patch_budget(micro_batch, config.transform.image_size, patch_size)
+        if rank == 0 and config.native.max_patches > budget:
+            words = "native: images of up to %d patches, one by one, exceed a micro-batch of %d, %d images of %d pixels"
+            logger.warning(words, config.native.max_patches, budget, micro_batch, config.transform.image_size)
+        order = NativeOrder(config=config.native, budget=budget, seed=seed, first_batch=first_batch, **place)
     return _loader(samples, order, config.workers, persistent=True)
 
 
@@ -136,14 +173,25 @@ def validation_loader(
     rank: int,
     world_size: int,
     limit: int | None = None,
+    area: int | None = None,
 ) -> SampleLoader:
-    """One pass in fixed order over the first `limit` validation samples: rank r gets r, r + world, ...; no padding."""
+    """One pass in fixed order over the first `limit` validation samples: rank r gets r, r + world, ...; no padding.
+
+    With an area, at most so many patches an image, they are whole and come as strips; without one they do if the
+    config is native, with as many patches as a square image of the transform's size.
+    """
     if config.validation is None:
         raise ValueError("the data config has no validation source")
+    if area is not None and area < 2:
+        raise ValueError(f"area {area}: expected 2 patches or more")
     samples = _samples(config, [config.validation], patch_size=patch_size, seed=seed, training=False)
+    if area is None and config.native is not None:
+        area = samples.num_patches
     count = len(samples.shards[0])
     mine = range(rank, count if limit is None else min(limit, count), world_size)
     order = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
+    if area is not None:
+        order = [[SizedSample(g, area) for g in numbers] for numbers in order]
     return _loader(samples, order, min(config.workers, len(order)), persistent=False)
 
 
@@ -151,7 +199,7 @@ def _samples(config: DataConfig, sources: list[Source], **place) -> Samples:
     return Samples(
         sources,
         config.transform,
-        Tokenizer(config.tokenizer),
+        open_tokenizer(config.tokenizer),
         context_length=config.context_length,
         pad_text_to_context=config.pad_text_to_context,
         remote=config.remote,
@@ -159,7 +207,9 @@ def _samples(config: DataConfig, sources: list[Source], **place) -> Samples:
     )
 
 
-def _loader(samples: Samples, order: Iterable[range], workers: int, persistent: bool) -> SampleLoader:
+def _loader(
+    samples: Samples, order: Iterable[Sequence[int | SizedSample]], workers: int, persistent: bool
+) -> SampleLoader:
     leaving = multiprocessing.RawValue("b", False)  # shared with the workers
     atexit.register(setattr, leaving, "value", True)
     return SampleLoader(

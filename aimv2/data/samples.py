@@ -1,6 +1,7 @@
 """One sample: read, decoded, transformed, its caption encoded, and many of them put into a batch.
 
-g is the global sample number, S the side of an image, N its patches.
+g is the global sample number, S the side of an image, P of a patch, N its patches; at native resolution an image has
+n = r x c patches, at most its area A, and N are those of the longest.
 """
 
 import json
@@ -15,10 +16,18 @@ from torch.utils.data import Dataset
 from aimv2.data.batch import Batch, Replaced
 from aimv2.data.images import BadImage
 from aimv2.data.mixture import Mixture, MixtureChange, Source, weights_over_time
+from aimv2.data.native import SizedSample, to_strip
 from aimv2.data.remote import RemoteConfig, RemoteFiles
 from aimv2.data.shards import IMAGE_EXTENSIONS, DamagedMember, Sample, ShardError, Shards, expand_shards
 from aimv2.data.tokenizer import Tokenizer, clean_caption
-from aimv2.data.transforms import TransformConfig, normalize_batch, training_image, validation_image
+from aimv2.data.transforms import (
+    TransformConfig,
+    native_training_image,
+    native_validation_image,
+    normalize_batch,
+    training_image,
+    validation_image,
+)
 
 MOST_ATTEMPTS = 8  # at replacing one sample
 
@@ -31,14 +40,15 @@ class Example(NamedTuple):
     """One sample, before it is put into a batch."""
 
     sample: int  # g
-    image: Tensor  # (3, S, S) uint8
+    image: Tensor  # (3, S, S) uint8; native: a strip, (3, P, n P)
+    grid: tuple[int, int] | None  # r, c of a strip
     text: list[int]
     prefix_length: int
     replaced: list[Replaced]
 
 
 class Samples(Dataset):
-    """Global sample number -> Example, a pure function of (seed, g).
+    """Global sample number, and an area for native resolution -> Example, a pure function of these and the seed.
 
     Args:
         sources: mixed by weight and shuffled for training; a single one, in its own order, otherwise.
@@ -79,34 +89,41 @@ class Samples(Dataset):
             raise ValueError(f"seed {seed}: expected 0 <= seed < 2^64")
         self.sources, self.transform, self.tokenizer = list(sources), transform, tokenizer
         self.context_length, self.pad_text_to_context = context_length, pad_text_to_context
-        self.seed, self.training = seed, training
+        self.patch_size, self.seed, self.training = patch_size, seed, training
         self._remote = RemoteFiles(remote) if remote else None
         self.shards = [Shards(expand_shards(s.shards, self._remote), _extensions(s), self._remote) for s in sources]
         (_, weights), *changed = weights_over_time(sources, changes)
         self.mixture = Mixture([len(s) for s in self.shards], weights, seed, changed)
 
-    def __getitems__(self, numbers: Sequence[int]) -> list[Example]:
+    def __getitems__(self, wanted: Sequence[int | SizedSample]) -> list[Example]:
         """Those of a batch, by the name that the data loader knows: what is far away is fetched all at once."""
         if self._remote is not None:
+            numbers = (w.sample if isinstance(w, SizedSample) else w for w in wanted)
             places = [(self.shards[source], number) for source, number in map(self._locate, numbers)]
             self._remote.prefetch_copies({index for shards, n in places if (index := shards.unopened(n))})
             self._remote.prefetch(part for shards, n in places for part in shards.places(n))
-        return [self[g] for g in numbers]
+        return [self[w] for w in wanted]
 
-    def __getitem__(self, g: int) -> Example:
+    def __getitem__(self, wanted: int | SizedSample) -> Example:
         """A sample that cannot be used is replaced by others of its source, drawn from (seed, g, attempt).
 
         Raises:
             ShardError: the replacements cannot be used either.
         """
+        g, area = wanted if isinstance(wanted, SizedSample) else (wanted, None)
         rng = self._generator(g, 0)
-        prefix_length = int(rng.integers(1, self.num_patches))
+        # A native image's n is known when its header is read, maybe that of a replacement; the draw is (seed, g)'s.
+        prefix = int(rng.integers(1, self.num_patches)) if area is None else rng.random()
         source, number = self._locate(g)
         shards, replaced = self.shards[source], []
         for attempt in range(1, MOST_ATTEMPTS + 2):
             try:
-                image, text = self._read(source, number, rng)
-                return Example(g, image, text, prefix_length, replaced)
+                image, text = self._read(source, number, area, rng)
+                if area is None:
+                    return Example(g, image, None, text, prefix, replaced)
+                grid = image.shape[1] // self.patch_size, image.shape[2] // self.patch_size
+                prefix_length = 1 + int(prefix * (grid[0] * grid[1] - 1))
+                return Example(g, to_strip(image, self.patch_size), grid, text, prefix_length, replaced)
             except (BadImage, BadCaption, DamagedMember) as error:
                 replaced.append(Replaced(g, str(error), shards.describe(number)))
             rng = self._generator(g, attempt)
@@ -115,8 +132,9 @@ class Samples(Dataset):
         raise ShardError(f"{self.sources[source].shards}: no usable sample in {len(replaced)} tries: {tried}")
 
     def collate(self, examples: list[Example]) -> Batch:
-        """Captions are padded on the right, to the longest one or to the context length."""
+        """Captions are padded on the right, to the longest one or to the context length; strips to the longest one."""
         lengths = [len(e.text) for e in examples]
+        grids = [e.grid for e in examples if e.grid]
         longest = self.context_length if self.pad_text_to_context else max(1, *lengths)
         return Batch(
             image=normalize_batch([e.image for e in examples], self.transform.mean, self.transform.std),
@@ -124,7 +142,8 @@ class Samples(Dataset):
             text_length=torch.tensor(lengths),
             prefix_length=torch.tensor([e.prefix_length for e in examples]),
             sample=torch.tensor([e.sample for e in examples]),
-            num_patches=self.num_patches,
+            num_patches=max(r * c for r, c in grids) if grids else self.num_patches,
+            grid=torch.tensor(grids) if grids else None,
             replaced=[r for e in examples for r in e.replaced],
         )
 
@@ -140,7 +159,7 @@ class Samples(Dataset):
         counter = (int(not self.training) << 192) | (attempt << 128)
         return np.random.Generator(np.random.Philox(key=(self.seed << 64) | g, counter=counter))
 
-    def _read(self, source: int, number: int, rng: np.random.Generator) -> tuple[Tensor, list[int]]:
+    def _read(self, source: int, number: int, area: int | None, rng: np.random.Generator) -> tuple[Tensor, list[int]]:
         sample = self.shards[source][number]
         if sample.image is None:
             raise BadImage("no image")
@@ -148,9 +167,17 @@ class Samples(Dataset):
         text = self._encode(captions, source, rng)
         if not text and (usable := _usable(captions)):
             text = self._encode(usable, source, rng)
+        return self._picture(sample.image, area, rng), text
+
+    def _picture(self, data: bytes, area: int | None, rng: np.random.Generator) -> Tensor:
+        """(3, S, S), or (3, r P, c P) if an area is asked for."""
+        if area is not None and self.training:
+            return native_training_image(data, self.transform, area, self.patch_size, rng)
+        if area is not None:
+            return native_validation_image(data, self.transform, area, self.patch_size)
         if self.training:
-            return training_image(sample.image, self.transform, rng), text
-        return validation_image(sample.image, self.transform), text
+            return training_image(data, self.transform, rng)
+        return validation_image(data, self.transform)
 
     def _encode(self, captions: dict[str, Sequence[str | bytes]], source: int, rng: np.random.Generator) -> list[int]:
         """In training a caption of a place drawn by its share among these, else the first of the first."""

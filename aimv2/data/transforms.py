@@ -1,4 +1,5 @@
-"""From an image to a normalised tensor: cropped, resized, flipped. B images, S the side of the result.
+"""From an image to a normalised tensor: cropped, resized, flipped. B images, S the side of the result; at
+native resolution r x c patches of side P.
 
 Nothing here draws from a global generator: a transform is a function of the image, its config and the given generator.
 """
@@ -16,6 +17,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import get_worker_info
 
 from aimv2.data.images import EncodedImage, decode_image
+from aimv2.data.native import area_grid
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -58,14 +60,29 @@ def training_image(data: bytes, config: TransformConfig, rng: np.random.Generato
     """
     image = EncodedImage(data, min_size=config.min_size)
     width, height = image.size
-    box = (0, 0, width, height)
+    box, size = (0, 0, width, height), (config.image_size, config.image_size)
     if config.crop_scale is not None:
         box = random_crop(image.size, config.crop_scale, config.crop_ratio, rng)
-    pixels = image.decode(_shrinkage(box, config.image_size))
+    pixels = image.decode(_shrinkage(box, size))
     x, y = pixels.shape[1] / width, pixels.shape[0] / height
     left, top, right, bottom = round(box[0] * x), round(box[1] * y), round(box[2] * x), round(box[3] * y)
-    pixels = _resize_pixels(pixels[top:bottom, left:right], config.image_size)
-    return pixels.flip(-1) if config.flip > 0 and rng.random() < config.flip else pixels
+    return _flip(_resize_pixels(pixels[top:bottom, left:right], size), config, rng)
+
+
+def native_training_image(
+    data: bytes, config: TransformConfig, area: int, patch_size: int, rng: np.random.Generator
+) -> Tensor:
+    """(3, r P, c P) uint8: the whole image resized to the grid of `area_grid` and perhaps flipped.
+
+    Decoded and resized as by `training_image`.
+
+    Raises:
+        BadImage: as `decode_image`.
+    """
+    image = EncodedImage(data, min_size=config.min_size)
+    size = _native_size(image.size, area, patch_size)
+    pixels = image.decode(_shrinkage((0, 0, *image.size), size))
+    return _flip(_resize_pixels(pixels, size), config, rng)
 
 
 def validation_image(data: bytes, config: TransformConfig) -> Tensor:
@@ -75,18 +92,34 @@ def validation_image(data: bytes, config: TransformConfig) -> Tensor:
     return _to_tensor(_squash(image, config.image_size) if whole else _centre(image, config.image_size))
 
 
-def _shrinkage(box: tuple[int, int, int, int], size: int) -> int:
-    """The scale, as a divisor, at which a JPEG can be decoded so that the crop keeps `size` pixels a side."""
-    shortest = min(box[2] - box[0], box[3] - box[1])
-    return max((n for n in (2, 4, 8) if shortest >= n * size), default=1)
+def native_validation_image(data: bytes, config: TransformConfig, area: int, patch_size: int) -> Tensor:
+    """(3, r P, c P) uint8: the whole image, resized to the grid of `area_grid` by Pillow as `validation_image` does."""
+    image = decode_image(data, min_size=config.min_size)
+    return _to_tensor(_resize(image, _native_size(image.size, area, patch_size)))
 
 
-def _resize_pixels(pixels: np.ndarray, size: int) -> Tensor:
-    """(H, W, 3) to (3, S, S), uint8."""
+def _native_size(size: tuple[int, int], area: int, patch_size: int) -> tuple[int, int]:
+    """(width, height) in pixels, of both."""
+    rows, columns = area_grid(size[1], size[0], area)
+    return columns * patch_size, rows * patch_size
+
+
+def _shrinkage(box: tuple[int, int, int, int], size: tuple[int, int]) -> int:
+    """The scale, as a divisor, at which a JPEG can be decoded so that the crop keeps `size` pixels, (width, height)."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    return max((n for n in (2, 4, 8) if width >= n * size[0] and height >= n * size[1]), default=1)
+
+
+def _resize_pixels(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """(H, W, 3) to (3, height, width) of `size` = (width, height), uint8."""
     image = torch.from_numpy(pixels).permute(2, 0, 1)
-    if image.shape[1:] == (size, size):
+    if image.shape[1:] == (size[1], size[0]):
         return image.contiguous()
-    return interpolate(image[None], (size, size), mode="bicubic", antialias=True)[0]
+    return interpolate(image[None], (size[1], size[0]), mode="bicubic", antialias=True)[0]
+
+
+def _flip(image: Tensor, config: TransformConfig, rng: np.random.Generator) -> Tensor:
+    return image.flip(-1) if config.flip > 0 and rng.random() < config.flip else image
 
 
 def eval_transform(image: Image.Image, config: TransformConfig) -> Tensor:
@@ -144,18 +177,19 @@ def normalize(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -
 
 
 def normalize_batch(images: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(B, 3, H, W) float32 of B uint8 (3, H, W), as `normalize`.
+    """(B, 3, H, W) float32 of B uint8 (3, H, W), as `normalize`; zeros on the right of those that are less wide.
 
     Image by image, in the memory where they stay: touching new memory for the first time costs more than all the rest.
     In a worker of a data loader that is memory shared with the main process, which is where the batch has to go.
     """
-    shape = (len(images), *images[0].shape)
+    shape = (len(images), *images[0].shape[:2], max(image.shape[2] for image in images))
     if get_worker_info() is None:
         batch = torch.from_numpy(np.empty(shape, np.float32))  # in huge pages: torch does not ask for them
     else:
         batch = torch.empty(shape).share_memory_()
     for row, image in zip(batch, images, strict=True):
-        _normalize(image, mean, std, row)
+        _normalize(image, mean, std, row[..., : image.shape[2]])
+        row[..., image.shape[2] :] = 0
     return batch
 
 

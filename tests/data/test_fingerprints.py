@@ -10,6 +10,7 @@ from PIL import Image
 from aimv2.data.fingerprints import DataFingerprints
 from aimv2.data.loader import DataConfig
 from aimv2.data.mixture import MixtureChange, Source
+from aimv2.data.native import NativeConfig
 from aimv2.data.shard_index import select_rows
 from aimv2.data.shards import ensure_indices, expand_shards
 from aimv2.data.tokenizer import Tokenizer, train_tokenizer
@@ -83,3 +84,32 @@ def test_what_comes_later_may_change(config, folder):
     assert before(later, 51).keys() - before(config, 51).keys() == {"data.train c"}
     again = replace(later, changes=[*later.changes, MixtureChange(sample=80, weights={"b": 0.0})])
     assert before(again, 80) == before(later, 80) != before(again, 81)
+
+
+def test_native_adds_its_limits_and_the_budget_and_nothing_else(config):
+    whole = replace(config, transform=replace(config.transform, crop_scale=None))
+    native = replace(whole, native=NativeConfig(min_patches=6, max_patches=40))
+
+    def of(config: DataConfig, budget: int | None) -> dict[str, str]:
+        return DataFingerprints(config, Tokenizer(config.tokenizer), budget=budget).before(100)
+
+    found = of(native, 64)
+    assert found.pop("data.native").startswith("6 to 40 patches an image, 64 a micro-batch; ")
+    assert found == of(whole, 64) == of(whole, None) == before(whole)
+    others = [of(native, 65), of(replace(native, native=NativeConfig(min_patches=6, max_patches=41)), 64)]
+    others.append(of(replace(native, native=NativeConfig(min_patches=5, max_patches=40)), 64))
+    assert len({other["data.native"] for other in [*others, of(native, 64)]}) == 4
+    assert of(replace(native, workers=7), 64) == of(native, 64)
+    with pytest.raises(ValueError, match=r"data.native is set and the budget is None"):
+        of(native, None)
+
+
+def test_another_way_to_draw_areas_or_choose_grids_is_noticed(config, monkeypatch):
+    native = replace(config, transform=replace(config.transform, crop_scale=None), native=NativeConfig())
+    seen = set()
+    for changes in ({"area_grid": lambda *_: (2, 3)}, {"NativeOrder.area": lambda *_: 200}, {}):
+        with monkeypatch.context() as patch:
+            for name, other in changes.items():
+                patch.setattr(f"aimv2.data.fingerprints.{name}", other)
+            seen.add(DataFingerprints(native, Tokenizer(native.tokenizer), budget=9).before(1)["data.native"])
+    assert len(seen) == 3

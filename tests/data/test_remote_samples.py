@@ -13,6 +13,7 @@ from PIL import Image
 from aimv2.data.fingerprints import DataFingerprints
 from aimv2.data.loader import DataConfig, train_loader
 from aimv2.data.mixture import Source
+from aimv2.data.native import NativeConfig
 from aimv2.data.remote import RemoteConfig
 from aimv2.data.shard_index import select_rows
 from aimv2.data.shard_list import expand_shards, write_shard_list
@@ -76,6 +77,18 @@ def test_the_same_samples(config, server, tmp_path, shards, workers):
         assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
     tokenizer = Tokenizer(config.tokenizer)
     assert DataFingerprints(remote, tokenizer).before(9) == DataFingerprints(config, tokenizer).before(9)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_strips(config, server, tmp_path, workers):
+    config.transform = TransformConfig(image_size=32, crop_scale=None)
+    config.native = NativeConfig(min_patches=6, max_patches=40)
+    remote = far(config, server, tmp_path / "cache", "shards.list", workers)
+    remote.native = config.native
+    here, there = batches(config), batches(remote)
+    assert len({image.shape for image, *_ in here}) > 3
+    for a, b in zip(here, there, strict=True):
+        assert all(map(torch.equal, a, b))
 
 
 def test_a_list_is_all_that_is_read_at_the_start(config, server, tmp_path):
