@@ -1,0 +1,37 @@
+"""AIMv2-L at 224 px, taught by AIMv2-3B: it goes on with its own objective and follows its teacher besides.
+
+    deepspeed scripts/train_aimv2.py --config configs/aimv2_large_distilled.py
+
+Not run. The paper (AIMv2, arXiv 2411.14402) has distilled models, but neither the method nor a figure: expected is more
+than 86.6, ImageNet-1k, attentive probe, top-1, which the paper has for the same model without a teacher.
+
+All of it is our choice:
+- What is learned from the teacher, and why, is in `aimv2/objectives/distill.py` and docs/post-training.md.
+- The student starts from the model of configs/aimv2_large.py and sees 2 billion pairs, as many as the paper gives to a
+  higher resolution: from nothing, the teacher's forward pass would have to be paid for 12 billion.
+- Data, batch and weight decay of pre-training, synthetic captions included: that is what the teacher knows best. The
+  peak learning rate is a fifth of pre-training's, twice that of a higher resolution, for features have to move.
+- Nothing is compiled: with a teacher that has not been tried.
+
+Data and tokenizer are those of configs/aimv2_large.py. Student and teacher must have the same tokenizer. The
+micro-batch is halved for the teacher's sake.
+"""
+
+from pathlib import Path
+
+from aimv2.config import load_config
+from aimv2.init_from import InitFrom
+from aimv2.objectives.distill import DistillConfig
+from aimv2.train import TrainConfig
+
+
+def config() -> TrainConfig:
+    run = load_config(Path(__file__).with_name("aimv2_large.py"))
+    run.out = "runs/aimv2_large_distilled"
+    run.init_from = InitFrom(source="runs/aimv2_large/export")
+    run.steps = 244_000
+    run.objective = DistillConfig(student=run.objective, teacher="runs/aimv2_3b/export")
+    run.optim.peak_lr, run.optim.final_lr, run.optim.warmup_steps = 2e-4, 2e-6, 2_500
+    run.engine.micro_batch = 64
+    run.engine.compile = False
+    return run
