@@ -58,15 +58,16 @@ class MultimodalDecoder(nn.Module):
             std = (1 / (1 + self.config.depth) / self.config.width) ** 0.5 / TRUNCATED_STD
             nn.init.trunc_normal_(head.weight, std=std, a=-2 * std, b=2 * std)
 
-    def forward(self, features: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, text: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features (B, N, D) and token ids (B, T) -> pixels (B, N, 3P^2) and logits (B, T, V).
 
         pixels[:, i] predicts patch i+1; logits[:, t] predicts text[:, t]. Padding on the right needs no mask: the
-        decoder is causal. Raises ValueError if the text is longer than the context.
+        decoder is causal. `real`, boolean (B, N), is True where a patch is not padding; None is everywhere. Raises
+        ValueError if the text is longer than the context.
         """
         image = self.projection(features)  # (B, N, W)
         x = torch.cat([image, self._embed(text[:, :-1], with_bos=True)], dim=1)  # (B, N + T, W)
-        x = self.norm(self._trunk(x))
+        x = self.norm(self._padded_trunk(x, real))
         n = features.shape[1]
         return self.pixel_head(x[:, :n]), self.text_head(x[:, n:])
 
@@ -81,13 +82,26 @@ class MultimodalDecoder(nn.Module):
             )
         return x + self.text_positions[start : start + x.shape[1]].to(x)
 
-    def _trunk(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        causal = x.shape[1] > 1  # a single new position sees all of the cache
+    def _padded_trunk(self, x: Tensor, real: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, N + T, W), patches and text. Padding between them goes behind the text, and back again.
+
+        There causal attention doesn't see it, without the mask that keeps fused kernels from being causal. A cache
+        keeps the order in which padding comes last.
+        """
+        if real is None:
+            return self._trunk(x, None, cache)
+        text = real.new_ones(len(x), x.shape[1] - real.shape[1])
+        order = torch.cat([real, text], dim=1).logical_not().byte().argsort(dim=1, stable=True)  # (B, N + T)
+        x = self._trunk(x.take_along_dim(order[..., None], dim=1), None, cache)
+        return x.take_along_dim(order.argsort(dim=1)[..., None], dim=1)
+
+    def _trunk(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        causal = x.shape[1] > 1  # a single new position sees all of the cache that its mask shows
         for block in self.blocks:
             if self.config.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, None, causal, use_reentrant=False)
+                x = checkpoint(block, x, mask, causal, use_reentrant=False)
             else:
-                x = block(x, None, causal, cache)
+                x = block(x, mask, causal, cache)
         return x
 
     @torch.no_grad()
@@ -95,6 +109,7 @@ class MultimodalDecoder(nn.Module):
         self,
         features: Tensor,
         *,
+        real: Tensor | None = None,
         eos_id: int,
         max_tokens: int | None = None,
         temperature: float = 0.0,
@@ -103,8 +118,8 @@ class MultimodalDecoder(nn.Module):
     ) -> list[list[int]]:
         """Captions for features (B, N, D): greedy at temperature 0, else sampled from the top `top_p` of the mass.
 
-        Keys and values are cached, so each position runs once. Each caption ends before its EOS, or after
-        `max_tokens` (at most, and by default, the context length).
+        Keys and values are cached, so each position runs once. `real` is that of `forward`. Each caption ends before
+        its EOS, or after `max_tokens` (at most, and by default, the context length).
         """
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens {max_tokens}: expected at least 1")
@@ -114,14 +129,21 @@ class MultimodalDecoder(nn.Module):
         x = torch.cat([self.projection(features), self._embed(empty, with_bos=True)], dim=1)
         done = torch.zeros(len(features), dtype=torch.bool, device=features.device)
         tokens = []
+        n = features.shape[1]
+        seen = None
+        if real is not None:  # in the cache: an image's patches and BOS, then its padding, then what is generated
+            key = torch.arange(n + 1 + limit, device=features.device)
+            seen = ((key <= real.sum(dim=1, keepdim=True)) | (key > n))[:, None, None]  # (B, 1, 1, N + 1 + limit)
+        x = self._padded_trunk(x, real, cache)
         for position in range(1, limit + 1):
-            logits = self.text_head(self.norm(self._trunk(x, cache)[:, -1]))  # (B, V)
+            logits = self.text_head(self.norm(x[:, -1]))  # (B, V)
             token = sample_token(logits.float(), temperature, top_p, generator)
             tokens.append(token)
             done |= token == eos_id
             if done.all() or position == limit:
                 break
             x = self._embed(token[:, None], with_bos=False, start=position)
+            x = self._trunk(x, None if seen is None else seen[..., : n + 1 + position], cache)
         rows = torch.stack(tokens, dim=1).tolist()
         return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 

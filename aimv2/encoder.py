@@ -30,6 +30,7 @@ class VisionConfig:
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
     positions: str = "learned"
+    position_scale: float = 1.0  # of sincos positions: 2/3 lays a grid of 24 patches over the positions of one of 16
     checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third more work
 
     def __post_init__(self):
@@ -40,6 +41,11 @@ class VisionConfig:
         for name, table in (("mlp", MLPS), ("norm", NORMS), ("positions", {*TABLES, "sincos"})):
             if getattr(self, name) not in table:
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {sorted(table)}")
+        if self.position_scale <= 0 or (self.position_scale != 1 and self.positions != "sincos"):
+            raise ValueError(
+                f"position_scale {self.position_scale} with positions {self.positions!r}: "
+                "expected more than 0, and 1 unless they are 'sincos'"
+            )
 
     @property
     def grid(self) -> int:
@@ -95,7 +101,7 @@ class VisionEncoder(nn.Module):
         if c.positions in TABLES:
             self.positions = TABLES[c.positions]((c.grid, c.grid), c.width)
         else:
-            self.positions = SinCosPositions(c.width)
+            self.positions = SinCosPositions(c.width, c.position_scale)
         self.blocks = nn.ModuleList(
             Block(c.width, c.heads, c.mlp_hidden, c.mlp, c.norm, c.norm_eps, layer) for layer in range(c.depth)
         )
@@ -109,14 +115,21 @@ class VisionEncoder(nn.Module):
         init_trunk(self.blocks)
 
     def forward(
-        self, image: Tensor, mask: Tensor | None = None, *, output_hidden_states: bool = False
+        self,
+        image: Tensor,
+        mask: Tensor | None = None,
+        *,
+        grid: Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """(B, 3, H, W) -> (B, N, D) after the final norm; with `output_hidden_states` also each block's raw output.
 
         `mask`, boolean and broadcastable to (B, heads, N, N), is True where attention may look; None is everywhere,
-        as downstream. Raises ValueError for a size the patches or the positions can't serve.
+        as downstream. With `grid` (B, 2), rows and columns of patches, the images are strips as in `Batch`; then the
+        mask must hide padding from patches, which a prefix mask does. Raises ValueError for a size the patches or the
+        positions can't serve.
         """
-        x = self.embed(image)
+        x = self.embed(image, grid)
         hidden_states = []
         for block in self.blocks:
             if self.config.checkpointing and torch.is_grad_enabled():
@@ -128,13 +141,22 @@ class VisionEncoder(nn.Module):
         x = self.norm(x)
         return (x, hidden_states) if output_hidden_states else x
 
-    def embed(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, N, D), what the first block is given. Raises ValueError as `forward`."""
+    def embed(self, image: Tensor, grid: Tensor | None = None) -> Tensor:
+        """(B, 3, H, W) -> (B, N, D), what the first block is given. Arguments and errors as `forward`."""
         p = self.config.patch_size
         height, width = image.shape[-2:]
         if height % p or width % p:
             raise ValueError(f"image of {height}x{width} pixels: both sides must be multiples of the patch size {p}")
+        if grid is not None and (height != p or grid.shape != (len(image), 2)):
+            raise ValueError(
+                f"images {tuple(image.shape)} with a grid {tuple(grid.shape)}: "
+                f"expected strips (B, 3, {p}, N * {p}) and (B, 2)"
+            )
         image = image.to(self.patch_embed.weight.dtype)  # batches are fp32, the weights may be bf16
         x = self.patch_embed(image).flatten(2).transpose(1, 2)  # (B, N, D)
         x = self.patch_norm(x)
-        return x + self.positions(height // p, width // p, x.device).to(x)
+        if grid is None:
+            positions = self.positions(height // p, width // p, x.device)
+        else:
+            positions = self.positions.of_grids(grid, width // p)
+        return x + positions.to(x)

@@ -44,6 +44,11 @@ class EngineConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more images")
 
+    @property
+    def micro_batches(self) -> int:
+        """Of an optimizer step, over all ranks."""
+        return self.batch_size // self.micro_batch
+
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per optimizer step; raises ValueError if the batch doesn't divide."""
         steps, rest = divmod(self.batch_size, self.micro_batch * world_size)
@@ -132,6 +137,9 @@ def build_engine(model: nn.Module, optim: OptimConfig, config: EngineConfig) -> 
     if config.compile:
         model.compile()
     fused = torch.cuda.is_available() and not config.offload
+    for p in model.parameters():
+        if p.dim() == 0:  # DeepSpeed 0.19 can't broadcast it: while training it has one dimension
+            p.data, p.was_scalar = p.data.reshape(1), True
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(model, optim, fused=fused),
@@ -174,7 +182,8 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
 def _whole(parameter: nn.Parameter) -> Tensor:
     """The optimizer's fp32 copy; frozen parameters, which have none, as they are."""
     if parameter.requires_grad:
-        return safe_get_full_fp32_param(parameter)
+        whole = safe_get_full_fp32_param(parameter)
+        return whole.reshape(()) if hasattr(parameter, "was_scalar") else whole
     with deepspeed.zero.GatheredParameters(parameter):  # does nothing below ZeRO-3
         return parameter.detach().float().clone()
 

@@ -7,7 +7,7 @@ the weights alone don't say:
     architecture        "AIMv2" (encoder and decoder), "LiT" or "VisionEncoder"
     model               its config, as `aimv2.config.to_json` writes it
     preprocessing       what is done to an image, `ProcessorConfig.to_preprocessing`
-    tokenizer           {"file", "sha256"}, or null for a model without one
+    tokenizer           {"file", "sha256"}; {"name", "sha256"} for "clip", whose byte pairs come with open_clip; or null
     metadata            whatever is to be remembered
 """
 
@@ -17,7 +17,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,12 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from aimv2.clip_tokens import CLIP, EOS, VOCABULARY, are_clips, write_tokenizer
 from aimv2.config import from_json, to_json
-from aimv2.encoder import SIZES, VisionConfig, VisionEncoder
+from aimv2.encoder import VisionConfig, VisionEncoder
+from aimv2.export_formats import FORMATS, format_config, in_layout
 from aimv2.features import FeatureEncoder
-from aimv2.layouts import LAYOUTS, from_ours, misfits
+from aimv2.layouts import misfits
 from aimv2.lit import LiT, LiTConfig
 from aimv2.manifest import sync
+from aimv2.model_cards import TAGS, Card, model_card
 from aimv2.objectives.aimv2 import AIMv2, AIMv2Config
 from aimv2.preprocessing import ProcessorConfig
 from aimv2.weights import SAFETENSORS, ModelError
@@ -39,19 +41,8 @@ from aimv2.weights import SAFETENSORS, ModelError
 FORMAT, VERSION = "aimv2", 1
 CONFIG, PREPROCESSOR, TOKENIZER, CARD = "config.json", "preprocessor_config.json", "tokenizer.model", "README.md"
 ARCHITECTURES = {"AIMv2": AIMv2Config, "LiT": LiTConfig, "VisionEncoder": VisionConfig}
-FORMATS = ("ours", "apple", "transformers", "timm")
 
 ModelConfig = AIMv2Config | LiTConfig | VisionConfig
-
-
-@dataclass(slots=True, kw_only=True)
-class Card:
-    """What a model card says beyond the architecture and the preprocessing."""
-
-    name: str = "AIMv2 model"
-    licence: str = "unknown"  # an identifier of the hub, as apache-2.0
-    data: str = "not stated"
-    recipe: str = "not stated"
 
 
 def export_model(
@@ -73,16 +64,17 @@ def export_model(
 
     Args:
         format: one of FORMATS.
-        tokenizer: a folder with tokenizer.model, or a model file; copied.
+        tokenizer: a folder with tokenizer.model, or a model file; copied into ours. "clip": open_clip's byte pairs. For
+            transformers a LiT model with CLIP's tokens gets transformers' files of them, unless it has a model file.
         dtype: of the weights; None: as they are.
 
     Raises:
-        ModelError: the weights don't fit the config, the format has no place for this model, `folder` exists and is no
-            export, or what was written does not read back the same.
+        ModelError: the weights don't fit the config, nor "clip" the text tower, the format has no place for this model,
+            `folder` exists and is no export, or what was written does not read back the same.
     """
     if format not in FORMATS:
         raise ModelError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
-    folder = Path(folder)
+    folder, by_clip = Path(folder), _has_clip_tokens(config, tokenizer)
     _check_replaceable(folder)
     model = model.encoder if isinstance(model, FeatureEncoder) else model
     state = dict(model.state_dict() if isinstance(model, nn.Module) else model)
@@ -94,7 +86,7 @@ def export_model(
     if format == "ours":
         contents, theirs = {}, state
     else:
-        contents, theirs = _CONFIGS[format](config, processing), _in_layout(state, config, format)
+        contents, theirs = format_config(config, processing, format), in_layout(state, config, format)
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in theirs.items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -102,12 +94,15 @@ def export_model(
         temporary.chmod(0o755)  # mkdtemp's folder is for the owner only
         save_file(weights, temporary / SAFETENSORS, metadata={"format": "pt"})
         if format == "ours":
-            copied = None if tokenizer is None else _copy_tokenizer(Path(tokenizer), temporary / TOKENIZER)
-            contents = _our_config(config, processing) | {"tokenizer": copied, "metadata": metadata or {}}
+            beside = {"tokenizer": _keep_tokenizer(tokenizer, temporary), "metadata": metadata or {}}
+            contents = _our_config(config, processing) | beside
         elif format != "timm":  # whose config.json says it
             _write_json(temporary / PREPROCESSOR, processing.to_transformers())
+        if format == "transformers" and isinstance(config, LiTConfig):
+            write_tokenizer(temporary, config.text.context_length if by_clip else None)
         _write_json(temporary / CONFIG, contents)
-        (temporary / CARD).write_text(_card(card or Card(), config, processing, format), encoding="utf-8")
+        text = model_card(card or Card(), _name_of(config), config, processing, format, by_clip)
+        (temporary / CARD).write_text(text, encoding="utf-8")
         _verify(temporary, weights)
         _replace(temporary, folder)
     finally:
@@ -176,170 +171,31 @@ def _our_config(config: ModelConfig, processing: ProcessorConfig) -> dict:
     }
 
 
-def _in_layout(state: Mapping[str, Tensor], config: VisionConfig | LiTConfig, format: str) -> dict[str, Tensor]:
-    layout = LAYOUTS[format]
-    names = layout.lit if isinstance(config, LiTConfig) else layout.vision
-    if names is None:
-        raise ModelError(f"{format} has no LiT model: export its encoder, or to apple or transformers")
-    return from_ours(state, names)
-
-
-def _apple_config(config: VisionConfig | LiTConfig, processing: ProcessorConfig) -> dict:
-    """As beside Apple's own weights; what reads these files by Apple's names (vLLM does) wants these fields."""
-    vision = config.vision if isinstance(config, LiTConfig) else config
-    return {
-        "architectures": ["AIMv2Model"],
-        "model_type": "aimv2",
-        "hidden_size": vision.width,
-        "image_size": vision.image_size,
-        "intermediate_size": vision.mlp_hidden,
-        "num_attention_heads": vision.heads,
-        "num_channels": 3,
-        "num_hidden_layers": vision.depth,
-        "patch_size": vision.patch_size,
-        "rms_norm_eps": vision.norm_eps,
-        "projection_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "qkv_bias": False,
-        "use_bias": False,
-    }
-
-
-def _transformers_config(config: VisionConfig | LiTConfig, processing: ProcessorConfig) -> dict:
-    """For `AutoModel.from_pretrained`, without remote code: Aimv2VisionModel, or Aimv2Model for LiT."""
-    if isinstance(config, VisionConfig):
-        return {"architectures": ["Aimv2VisionModel"], **_transformers_vision(config)}
-    if config.pool_heads != config.vision.heads:
+def _has_clip_tokens(config: ModelConfig, tokenizer: str | Path | None) -> bool:
+    """Whether it is a LiT model that reads CLIP's byte pairs. Raises ModelError for one that is only said to."""
+    by_clip = isinstance(config, LiTConfig) and are_clips(config.text)
+    if isinstance(config, LiTConfig) and tokenizer == CLIP and not by_clip:
         raise ModelError(
-            f"pool_heads {config.pool_heads}: transformers has as many as the encoder, {config.vision.heads}"
+            f"tokenizer {CLIP!r}: the text tower has {config.text.vocab_size} tokens and EOS {config.text.eos}, "
+            f"expected CLIP's {VOCABULARY} and {EOS}"
         )
-    text = config.text
-    return {
-        "architectures": ["Aimv2Model"],
-        "model_type": "aimv2",
-        "projection_dim": config.projection,
-        "vision_config": {**_transformers_vision(config.vision), "use_head": True},
-        "text_config": {
-            "model_type": "aimv2_text_model",
-            "hidden_size": text.width,
-            "intermediate_size": text.mlp_hidden,
-            "num_hidden_layers": text.depth,
-            "num_attention_heads": text.heads,
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.context_length,
-            "eos_token_id": text.eos,
-            "rms_norm_eps": text.norm_eps,
-            "hidden_act": "silu",
-            "qkv_bias": False,
-            "mlp_bias": False,
-        },
-    }
+    return by_clip and tokenizer in (None, CLIP)
 
 
-def _transformers_vision(config: VisionConfig) -> dict:
-    _refuse_aim(config, "transformers")
-    return {
-        "model_type": "aimv2_vision_model",
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_hidden,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "num_channels": 3,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        "qkv_bias": False,
-        "mlp_bias": False,
-        "use_head": False,
-        "is_native": config.positions == "sincos",
-    }
+def _keep_tokenizer(tokenizer: str | Path | None, folder: Path) -> dict[str, str] | None:
+    """What an export's config.json says of it; a model file is copied to the folder."""
+    if tokenizer is None:
+        return None
+    if tokenizer == CLIP:
+        from aimv2.data.tokenizer import open_tokenizer  # which needs packages that few who export need
 
-
-def _timm_config(config: VisionConfig | LiTConfig, processing: ProcessorConfig) -> dict:
-    """For `timm.create_model("local-dir:FOLDER")` and for a repository of the hub."""
-    if isinstance(config, LiTConfig):
-        raise ModelError("timm has no LiT model: export its encoder, or to apple or transformers")
-    _refuse_aim(config, "timm")
-    if config.norm_eps != 1e-5:
-        raise ModelError(f"timm's AIMv2 has norm_eps 1e-05, not {config.norm_eps}")
-    if config.positions == "sincos":
-        raise ModelError(
-            "timm's AIMv2 has a table of positions for one size: positions 'sincos' can't be exported to it"
-        )
-    same = replace(config, image_size=224, patch_size=14, checkpointing=False, positions="learned")
-    size = next((name for name, known in SIZES.items() if known == same and name != "base"), "large")
-    return {
-        "architecture": f"aimv2_{size}_patch14_224",
-        "num_classes": 0,
-        "num_features": config.width,
-        "global_pool": "avg",
-        "pretrained_cfg": {
-            **processing.to_timm(config.image_size),
-            "fixed_input_size": True,
-            "num_classes": 0,
-            "pool_size": None,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
-        "model_args": {
-            "img_size": config.image_size,
-            "patch_size": config.patch_size,
-            "embed_dim": config.width,
-            "depth": config.depth,
-            "num_heads": config.heads,
-            "mlp_ratio": (config.mlp_hidden + 0.5) / config.width,  # timm cuts the product to an integer
-        },
-    }
-
-
-def _refuse_aim(config: VisionConfig, format: str) -> None:
-    if (config.mlp, config.norm) != ("swiglu", "rmsnorm"):
-        raise ModelError(
-            f"{format} has AIMv2 (swiglu, rmsnorm) only, not an encoder with {config.mlp} and {config.norm}"
-        )
-
-
-_CONFIGS = {"apple": _apple_config, "transformers": _transformers_config, "timm": _timm_config}
-_TAGS = "tags: [aimv2, vision]"  # by which a card of ours is known
-_OPENED = {
-    "ours": 'encoder = aimv2.load_encoder("FOLDER")',
-    "apple": 'encoder = aimv2.load_encoder("FOLDER")  # or whatever reads Apple\'s names',
-    "transformers": 'model = transformers.AutoModel.from_pretrained("FOLDER")',
-    "timm": 'model = timm.create_model("local-dir:FOLDER", pretrained=True)',
-}
-
-
-def _card(card: Card, config: ModelConfig, processing: ProcessorConfig, format: str) -> str:
-    """A model card with the hub's header."""
-    vision = config if isinstance(config, VisionConfig) else config.vision
-    library = {"transformers": "transformers", "timm": "timm"}.get(format, "aimv2")
-    size = "any size" if processing.image_size is None else f"{processing.image_size} px"
-    rows = {
-        "architecture": f"{_name_of(config)}: {vision.depth} blocks of width {vision.width}, {vision.heads} heads, "
-        f"{vision.mlp} {vision.mlp_hidden}, {vision.norm}, patches of {vision.patch_size} px, no CLS token",
-        "positions": f"{vision.positions}, for {vision.image_size} px",
-        "preprocessing": f"{size}, {processing.to_preprocessing()['resize']}, {processing.interpolation}, "
-        f"mean {list(processing.mean)}, std {list(processing.std)}",
-        "data": card.data,
-        "recipe": card.recipe,
-        "licence": card.licence,
-    }
-    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
-    return (
-        f"---\nlibrary_name: {library}\nlicense: {card.licence}\npipeline_tag: image-feature-extraction\n"
-        f"{_TAGS}\n---\n\n# {card.name}\n\n| | |\n|---|---|\n{table}\n\n"
-        f"```python\n{_OPENED[format]}\n```\n"
-    )
-
-
-def _copy_tokenizer(source: Path, target: Path) -> dict[str, str]:
+        return {"name": CLIP, "sha256": open_tokenizer(CLIP).fingerprint}
+    source = Path(tokenizer)
     source = source / TOKENIZER if source.is_dir() else source
     if not source.is_file():
         raise ModelError(f"no tokenizer at {source}")
-    shutil.copyfile(source, target)
-    return {"file": target.name, "sha256": hashlib.sha256(target.read_bytes()).hexdigest()}
+    shutil.copyfile(source, folder / TOKENIZER)
+    return {"file": TOKENIZER, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
 
 
 def _write_json(path: Path, contents: dict) -> None:
@@ -365,7 +221,7 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     card = folder / CARD
-    ours = card.is_file() and _TAGS in card.read_text(encoding="utf-8", errors="replace")
+    ours = card.is_file() and TAGS in card.read_text(encoding="utf-8", errors="replace")
     if not ours or not {CONFIG, SAFETENSORS} <= {path.name for path in folder.iterdir()}:
         raise ModelError(
             f"{folder} exists and is no exported model to be replaced: it lacks {CONFIG}, {SAFETENSORS} or our {CARD}"

@@ -3,12 +3,9 @@
 What is read once here is not read again when the run resumes, but for what is frozen: a checkpoint leaves that out.
 """
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from aimv2.config import ConfigError
@@ -18,7 +15,7 @@ from aimv2.exports import empty_model
 from aimv2.objectives.aimv2 import AIMv2, AIMv2Config
 from aimv2.positions import resize_positions
 from aimv2.pretrained import Checkpoint, open_checkpoint, sized
-from aimv2.weights import ModelError
+from aimv2.weights import ModelError, digest
 
 PARTS = ("encoder", "decoder")
 TABLE = "positions.weight"
@@ -60,17 +57,18 @@ def load_initial(objective: nn.Module, init: InitFrom, *, tokenizer_sha256: str 
     if absent := [part for part in chosen if part not in own]:
         raise ConfigError(f"init_from.parts {absent}: expected what the objective has, {' and '.join(own)}")
     checkpoint = open_checkpoint(init.source)
-    digest, states = hashlib.sha256(), {}
+    read, states = [], {}
     if "encoder" in chosen:
         stored, state = _read_encoder(checkpoint, objective.encoder.config)
-        _add(digest, "encoder", state)
+        # As stored: what is interpolated may differ in the last bit between machines.
+        read += [(f"encoder.{name}", state[name]) for name in sorted(state)]
         states["encoder"] = _with_positions(state, stored, objective.encoder, init)
     if "decoder" in chosen:
-        states["decoder"] = _read_decoder(checkpoint, objective, tokenizer_sha256)
-        _add(digest, "decoder", states["decoder"])
+        states["decoder"] = state = _read_decoder(checkpoint, objective, tokenizer_sha256)
+        read += [(f"decoder.{name}", state[name]) for name in sorted(state)]
     for part, state in states.items():
         getattr(objective, part).load_state_dict(state)
-    return digest.hexdigest()
+    return digest(read)
 
 
 def open_objective(source: str, image_size: int | str | None = None) -> AIMv2:
@@ -173,11 +171,3 @@ def _check_sizes(
     different = [f"{name} {theirs}, not {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
     if different:
         raise ConfigError(f"{checkpoint.path}: its {part} is not of the run's sizes: {'; '.join(different)}{offer}")
-
-
-def _add(digest: Any, part: str, state: Mapping[str, Tensor]) -> None:
-    """The weights as they are stored: what is interpolated of them may differ in the last bit between machines."""
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())

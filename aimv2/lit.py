@@ -61,8 +61,12 @@ class LiT(nn.Module):
 
         `mask`, boolean (B, N), is True where a patch is real, for images that were padded to one size.
         """
-        features = self.encoder(images, None if mask is None else mask[:, None, None])  # (B, N, D)
-        features = self.image_projection(self.pool(features, mask))
+        patches = self.encoder(images, None if mask is None else mask[:, None, None])  # (B, N, D)
+        return self.encode_patches(patches, normalize, mask)
+
+    def encode_patches(self, patches: Tensor, normalize: bool = True, mask: Tensor | None = None) -> Tensor:
+        """What `encode_image` does after the encoder, with its output (B, N, D)."""
+        features = self.image_projection(self.pool(patches, mask))
         return unit(features) if normalize else features
 
     def encode_text(self, text: Tensor, normalize: bool = True) -> Tensor:
@@ -73,15 +77,22 @@ class LiT(nn.Module):
     @property
     def logit_scale(self) -> Tensor:
         """The LOGARITHM of the scale, clamped: open_clip's and transformers' users call `logit_scale.exp()`."""
-        return at_least_fp32(self.log_scale).clamp(0, math.log(MAX_SCALE))
+        return at_least_fp32(self.log_scale).reshape(()).clamp(0, math.log(MAX_SCALE))  # (1,) in training
 
     @property
     def scale(self) -> Tensor:
         return self.logit_scale.exp()
 
-    def forward(self, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> unit vectors of the images (B, E) and of the captions (B', E), and the scale: open_clip's own triple."""
-        return self.encode_image(images), self.encode_text(text), self.scale
+    def forward(
+        self, images: Tensor | None, text: Tensor, *, patches: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> unit vectors of the images (B, E) and of the captions (B', E), and the scale: open_clip's own triple.
+
+        `patches` (B, N, D), the encoder's output, stands for the images where it is there already.
+        """
+        if patches is None:
+            return self.encode_image(images, mask=mask), self.encode_text(text), self.scale
+        return self.encode_patches(patches, mask=mask), self.encode_text(text), self.scale
 
     def get_logits(self, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """-> logits per image (B, B') and per caption (B', B), from B images and B' captions."""

@@ -68,6 +68,7 @@ class Logger:
         self._begun = self._window = time.monotonic()
         self._origin: tuple[int, float] | None = None  # step and time from which the ETA is reckoned
         self._timed, self._paused, self._waited = 0, 0.0, 0.0  # steps and seconds since the last line
+        self._images = 0  # since then
         self._replaced = 0  # samples since then
         if wandb and importlib.util.find_spec("wandb") is None:
             raise ValueError(f"wandb={wandb!r} needs the package wandb, which is not installed")
@@ -98,15 +99,17 @@ class Logger:
         """Forgets the losses of the step under way, which was skipped on all ranks."""
         self._step = {}
 
-    def step(self, step: int, **scalars: float | Tensor | None) -> None:
+    def step(self, step: int, *, images: int | None = None, **scalars: float | Tensor | None) -> None:
         """Ends optimizer step number `step` (from 1); on every `every`-th one and the last, writes a line.
 
+        images: those of the step over all ranks, where they are not `batch_size`.
         scalars (lr, grad_norm, skipped, ...) are logged as they are at that step, without reduction; None is left out.
         """
         for name, value in self._step.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._losses += bool(self._step)
         self._step, self._timed = {}, self._timed + 1
+        self._images += self.batch_size if images is None else images
         if self._origin is None:  # after the first step, which compiles and warms up
             self._origin = step, time.monotonic()
         if self._bar is not None:
@@ -176,24 +179,24 @@ class Logger:
         totals, waits, replaced = self._read()
         now = time.monotonic()
         elapsed = max(now - self._window - self._paused, 1e-9)
-        speed = self._timed * self.batch_size / elapsed
         count = totals.pop("steps", 0)
         line: dict[str, Any] = {"step": step, "time": now - self._begun}
         line |= {name: total / count for name, total in totals.items()}
         line |= {k: v if isinstance(v, int) else float(v) for k, v in scalars.items() if v is not None}
         line |= {"replaced": replaced} if replaced else {}
-        line |= {"images_per_second": speed, "data_wait": max(waits) / elapsed}
+        line |= {"images_per_second": self._images / elapsed, "data_wait": max(waits) / elapsed}
         if len(waits) > 1:
             line["data_wait_rank"] = waits.index(max(waits))
         if self.flops_per_image and self.peak_flops:
-            line["mfu"] = speed * self.flops_per_image / self.peak_flops
+            line["mfu"] = self._timed * self.batch_size * self.flops_per_image / elapsed / self.peak_flops
         if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
             line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.rank == 0:
             self._write(line, {f"train/{name}": value for name, value in line.items() if name != "step"})
             self._show(line)
         self._sums, self._carried, self._losses = {}, {}, 0
-        self._window, self._timed, self._paused, self._waited, self._replaced = time.monotonic(), 0, 0.0, 0.0, 0
+        self._window, self._timed, self._paused, self._waited = time.monotonic(), 0, 0.0, 0.0
+        self._images = self._replaced = 0
 
     def _write(self, line: dict[str, Any], scalars: dict[str, float]) -> None:
         # JSON has no NaN; null says that there was a value and it was not finite.

@@ -1,4 +1,8 @@
-"""Positions of patches on their grid: (h, w, device) -> (h*w, D). They check the grid, not the count of patches."""
+"""Positions of patches on their grid: (h, w, device) -> (h*w, D). They check the grid, not the count of patches.
+
+`of_grids` gives them to a batch of strips, images of different grids as rows of patches: B images, N patches of the
+longest, `grids` (B, 2) their rows and columns.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +39,15 @@ class LearnedPositions(nn.Module):
             )
         return self.weight[0]
 
+    def of_grids(self, grids: Tensor, n: int) -> Tensor:
+        """(B, N, D), each image's own and then zeros; raises ValueError for a grid that isn't served or doesn't fit."""
+        rows = [tuple(grid) for grid in grids.tolist()]
+        for height, width in rows:
+            if height * width > n:
+                raise ValueError(f"grid of {height}x{width} patches in a strip of {n}")
+        tables = {grid: F.pad(self(*grid), (0, 0, 0, n - grid[0] * grid[1])) for grid in set(rows)}
+        return torch.stack([tables[grid] for grid in rows])
+
 
 class InterpolatedPositions(LearnedPositions):
     """Learned positions of one grid, resized to that of each image: any size at inference, at the table's own cost."""
@@ -47,19 +60,32 @@ class InterpolatedPositions(LearnedPositions):
 class SinCosPositions(nn.Module):
     """Fixed 2-D sines and cosines for any grid (AIM v1, AIMv2-native), without parameters.
 
-    Laid out [sin w | cos w | sin h | cos h]: the first half encodes the column. Temperature 10000.
+    Laid out [sin w | cos w | sin h | cos h]: the first half encodes the column. Temperature 10000. `scale` multiplies
+    rows and columns: 2/3 lays a grid of 24 patches over the positions of one of 16.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, scale: float = 1.0):
         super().__init__()
         if width % 4:
             raise ValueError(f"2-D sincos positions need a width that is a multiple of 4, not {width}")
-        self.width = width
+        self.width, self.scale = width, scale
 
     def forward(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
+        row = torch.arange(height, device=device).repeat_interleave(width)
+        column = torch.arange(width, device=device).repeat(height)
+        return self._at(row, column, max(height, width))
+
+    def of_grids(self, grids: Tensor, n: int) -> Tensor:
+        """(B, N, D), each image's own; behind its patches its grid goes on."""
+        columns = grids[:, 1:]  # (B, 1)
+        patch = torch.arange(n, device=grids.device)
+        return self._at(patch // columns, patch % columns, n)
+
+    def _at(self, row: Tensor, column: Tensor, length: int) -> Tensor:
+        """Rows and columns (...) below `length` -> (..., D)."""
         quarter = self.width // 4
-        frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
-        row = torch.arange(height, dtype=torch.float32, device=device).repeat_interleave(width)
-        column = torch.arange(width, dtype=torch.float32, device=device).repeat(height)
-        by_column, by_row = column[:, None] * frequency, row[:, None] * frequency  # (h*w, D/4)
-        return torch.cat([by_column.sin(), by_column.cos(), by_row.sin(), by_row.cos()], dim=1)
+        frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float32, device=row.device) / quarter)
+        place = torch.arange(length, dtype=torch.float32, device=row.device) * self.scale
+        angle = place[:, None] * frequency  # (length, D/4)
+        table = torch.cat([angle.sin(), angle.cos()], dim=1)
+        return torch.cat([table[column], table[row]], dim=-1)

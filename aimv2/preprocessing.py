@@ -6,8 +6,12 @@ S side of a square image, P patch side.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING
 
 from aimv2.data.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+
+if TYPE_CHECKING:  # it needs what only training has
+    from aimv2.data.loader import DataConfig
 
 RESIZES = {  # and how an export's config.json says it
     "shortest_edge": "shortest edge, then centre crop",
@@ -72,6 +76,20 @@ class ProcessorConfig:
         _expect("max_patches", self.max_patches, _is_count(self.max_patches), "1 or more")
         fits = _is_count(self.min_patches) and self.min_patches <= self.max_patches
         _expect("min_patches", self.min_patches, fits, f"from 1 to max_patches {self.max_patches}")
+
+    @classmethod
+    def of_training(cls, data: "DataConfig", image_size: int, patch_size: int) -> "ProcessorConfig":
+        """How an encoder that is trained on `data` at `image_size` expects its images.
+
+        Where images are neither cropped nor kept at their aspect ratio, they are squashed, as in training.
+        """
+        transform, native = data.transform, data.native
+        known = {"patch_size": patch_size, "mean": transform.mean, "std": transform.std}
+        if native is not None:
+            limits = {"min_patches": native.min_patches, "max_patches": native.max_patches}
+            return cls(image_size=None, resize="native", **limits, **known)
+        resize = "squash" if transform.crop_scale is None else "shortest_edge"
+        return cls(image_size=image_size, resize=resize, **known)
 
     @property
     def resize_size(self) -> int:

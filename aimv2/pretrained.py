@@ -73,7 +73,7 @@ def load_encoder(
         stored, layout, prefix = checkpoint.vision()
         processing = checkpoint.processor_config(stored, layout)
     layers = block_numbers(layer, stored.depth)
-    config = sized(replace(stored, depth=max(layers) + 1, checkpointing=checkpointing), image_size)
+    config = sized(replace(stored, depth=max(layers) + 1, checkpointing=checkpointing), image_size, processing)
     with outside_zero_init() as zero_dtype:
         if untrained:
             encoder = VisionEncoder(config).to(device=device, dtype=dtype or zero_dtype)
@@ -111,7 +111,7 @@ def load_configs(
         checkpoint = open_checkpoint(source, revision=revision)
         vision, layout, _ = checkpoint.vision()
         processing = checkpoint.processor_config(vision, layout)
-    return sized(vision, image_size), resized(processing, image_size)
+    return sized(vision, image_size, processing), resized(processing, image_size)
 
 
 @dataclass(slots=True)
@@ -227,15 +227,22 @@ def default_processing(vision: VisionConfig, layout: str) -> ProcessorConfig:
     )
 
 
-def sized(config: VisionConfig, image_size: int | str | None) -> VisionConfig:
-    """The encoder for images of another size. Raises ValueError for a size that isn't one."""
+def sized(config: VisionConfig, image_size: int | str | None, processing: ProcessorConfig) -> VisionConfig:
+    """The encoder for images of another size. Raises ValueError for a size that isn't one.
+
+    Fixed positions are laid over the range that they were trained on, but for a native model, trained on many: on the
+    shapes world that captions half as many images again as letting them run on.
+    """
     if image_size == "native":
         return replace(config, positions="interpolated") if config.positions == "learned" else config
     if image_size is None:
         return config
     if not isinstance(image_size, int) or image_size < 1:
         raise ValueError(f"image_size {image_size!r}: expected pixels, a multiple of {config.patch_size}, or 'native'")
-    return replace(config, image_size=image_size)
+    new = replace(config, image_size=image_size)
+    if config.positions == "sincos" and processing.resize != "native":
+        new.position_scale *= config.grid / new.grid
+    return new
 
 
 def resized(config: ProcessorConfig, image_size: int | str | None) -> ProcessorConfig:

@@ -1,5 +1,6 @@
 """What the processes of one run say to each other."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -9,6 +10,25 @@ def sum_over_ranks(sums: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
     return sums
+
+
+def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """All ranks' rows in the order of the ranks, and at which of them this rank's own begin. Ranks may have any number.
+
+    rows (n, ...). No gradient passes; `rows` itself if nothing is distributed.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows, 0
+    number = torch.tensor([len(rows)], device=rows.device)
+    numbers = [torch.empty_like(number) for _ in range(dist.get_world_size())]
+    dist.all_gather(numbers, number)
+    numbers = torch.cat(numbers).tolist()
+    padded = rows.new_zeros(max(numbers), *rows.shape[1:])  # all must be of one size
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in numbers]
+    dist.all_gather(gathered, padded)
+    whole = torch.cat([part[:n] for part, n in zip(gathered, numbers, strict=True)])
+    return whole, sum(numbers[: dist.get_rank()])
 
 
 def lost_peer(error: RuntimeError) -> bool:

@@ -4,23 +4,26 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from aimv2.checkpoint import TrainState, restore, save
 from aimv2.config import ConfigError, compare_configs, to_json
 from aimv2.data.batch import Batch
 from aimv2.data.fingerprints import DataFingerprints
-from aimv2.data.loader import DataConfig, train_loader
+from aimv2.data.loader import DataConfig, SampleLoader, train_loader
+from aimv2.data.native import patch_budget
 from aimv2.data.remote import RemoteFiles
 from aimv2.data.shapes import is_written, write_shards
 from aimv2.data.shards import ensure_indices, expand_shards
-from aimv2.data.tokenizer import Tokenizer
+from aimv2.data.tokenizer import Tokenizer, open_tokenizer
 from aimv2.engine import (
     Engine,
     EngineConfig,
@@ -42,8 +45,11 @@ from aimv2.evals.shapes_captions import ShapesCaptions
 from aimv2.evals.validation import ValidationLoss
 from aimv2.exports import export_model
 from aimv2.flops import peak_flops
+from aimv2.init_from import InitFrom, load_initial
 from aimv2.logger import Logger, logging_to
 from aimv2.objectives.aimv2 import AIMv2Config
+from aimv2.objectives.distill import DistillConfig
+from aimv2.objectives.lit import LiTObjectiveConfig
 from aimv2.optim import OptimConfig
 from aimv2.preprocessing import ProcessorConfig
 from aimv2.whole_files import write_json
@@ -56,6 +62,11 @@ MAY_CHANGE_ON_RESUME = {"out", "steps", "save_every", "keep", "log_every", "wand
 MAY_CHANGE_ON_RESUME |= {f"data.{name}" for name in ("workers", "train", "changes", "remote")}
 
 
+Objective = AIMv2Config | DistillConfig | LiTObjectiveConfig
+EvalConfig = ValidationLoss | ShapesCaptions | FrozenEvaluation
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
 class TrainingError(RuntimeError):
     """The run can't go on; the message says why."""
 
@@ -64,27 +75,35 @@ class TrainingError(RuntimeError):
 class TrainConfig:
     """A whole run. `configs/*.py` return one; the command line changes fields by `key.sub=value`."""
 
-    objective: AIMv2Config
+    objective: Objective
     data: DataConfig
     optim: OptimConfig
     engine: EngineConfig
     steps: int
     out: str
+    init_from: InitFrom | None = None  # weights to begin with; a checkpoint of this run's own goes before
     seed: int = 0
     save_every: int = 1000
     keep: int = 2  # newest checkpoints
     log_every: int = 10
-    evals: list[ValidationLoss | ShapesCaptions | FrozenEvaluation] = field(default_factory=list)
+    evals: list[EvalConfig] = field(default_factory=list)
     wandb: str | None = None  # project
 
     def __post_init__(self):
         self.objective.check(self.data)
+        if self.init_from is None and getattr(self.objective, "needs_weights", False):
+            raise ValueError(
+                f"init_from is None, but {type(self.objective).__name__} trains on top of a trained image tower: "
+                "expected init_from.source, an export or another checkpoint of one"
+            )
         if self.data.validation is None and not all(isinstance(e, FrozenEvaluation) for e in self.evals):
             raise ValueError("data.validation is None, but evals need it: expected a source, or no evals")
         names = [e.name for e in self.evals]
         if len(set(names)) < len(names):
             raise ValueError(f"evals {', '.join(names)}: expected different names, as label=... gives")
         for e in self.evals:
+            if isinstance(e, ShapesCaptions) and not hasattr(self.objective, "decoder"):
+                raise ValueError(f"evals: {e.name} needs a decoder, which {type(self.objective).__name__} has not")
             if isinstance(e, FrozenEvaluation):
                 e.check(self.objective.vision.depth, has_text=hasattr(self.objective, "text"))
         least = {"steps": 1, "save_every": 1, "log_every": 1, "seed": 0, "keep": 2}  # one checkpoint may be damaged
@@ -140,7 +159,7 @@ def check_ranks_agree(described: dict[str, str]) -> None:
 
 
 def load_tokenizer(config: TrainConfig) -> Tokenizer:
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = open_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size != config.objective.vocab_size:
         raise ConfigError(
             f"data.tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} pieces, "
@@ -167,16 +186,14 @@ def train(config: TrainConfig) -> TrainState:
 
 def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> TrainState:
     """The steps of `train`, all else being prepared."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(config.seed)
-    engine = build_engine(config.objective.build(), config.optim, config.engine)
-    fingerprints = DataFingerprints(config.data, tokenizer)
-    check_ranks_agree({"config": json.dumps(to_json(config)), **fingerprints.before(sys.maxsize)})
-    state = restore(engine, config.out, fingerprints=fingerprints.before) or TrainState()
-    keyed = {"patch_size": config.objective.vision.patch_size, "seed": config.seed}
-    keyed |= {"rank": rank, "world_size": world_size}
-    loader = train_loader(config.data, micro_batch=config.engine.micro_batch, start=state.sample, **keyed)
-    evals = [(e, e.build(config.data, device=device, **keyed)) for e in config.evals]
+    model, given = build_model(config, tokenizer)
+    engine = build_engine(model, config.optim, config.engine)
+    fingerprints = fingerprints_of(config, tokenizer, given)
+    check_ranks_agree({"config": json.dumps(to_json(config)), **fingerprints(sys.maxsize)})
+    state = restore(engine, config.out, fingerprints=fingerprints) or TrainState()
+    loader = open_loader(config, state)
+    evals = [(e, open_evaluation(config, e, device)) for e in config.evals]
     preempted = Preemption(device)
     with closing(open_logger(config, state, device)) as log:
         batches = iter(loader)
@@ -195,8 +212,10 @@ def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Trai
                 log.add(losses)
             skipped_in_a_row = note_skip(engine, state, micro_batches, log, skipped_in_a_row)
             state.step += 1
-            state.sample += config.engine.batch_size
-            log.step(state.step, lr=lr, grad_norm=engine.get_global_grad_norm(), skipped=state.skipped or None)
+            images = loader.order.samples((state.step - 1) * config.engine.micro_batches, config.engine.micro_batches)
+            state.sample += images
+            norm = engine.get_global_grad_norm()
+            log.step(state.step, images=images, lr=lr, grad_norm=norm, skipped=state.skipped or None)
             for settings, evaluate in evals:
                 if due(state.step, settings.every, config.steps):
                     with log.paused():
@@ -206,13 +225,63 @@ def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Trai
             if stop or due(state.step, config.save_every, config.steps):
                 with log.paused():
                     state.log = log.pending()
-                    known = fingerprints.before(state.sample)
+                    known = fingerprints(state.sample)
                     save(engine, state, config.out, config=to_json(config), fingerprints=known, keep=config.keep)
             if stop:
                 log.message(f"told to stop after step {state.step}; the same command goes on from the last checkpoint")
                 return state
         finish(config, engine)
     return state
+
+
+def build_model(config: TrainConfig, tokenizer: Tokenizer) -> tuple[nn.Module, dict[str, str]]:
+    """The objective with its initial weights, and fingerprints of what it was given besides its config.
+
+    They are loaded when a run goes on, too: checkpoints leave out what is frozen.
+    """
+    model = config.objective.build()
+    given = model.fingerprints() if hasattr(model, "fingerprints") else {}
+    if config.init_from is not None:
+        given["init_from"] = load_initial(model, config.init_from, tokenizer_sha256=tokenizer.fingerprint)
+    return model, given
+
+
+def fingerprints_of(
+    config: TrainConfig, tokenizer: Tokenizer, given: dict[str, str]
+) -> Callable[[int], dict[str, str]]:
+    """What must be the same where a run goes on after so many samples."""
+    size = config.data.transform.image_size
+    budget = patch_budget(config.engine.micro_batch, size, config.objective.data_patch_size)
+    data = DataFingerprints(config.data, tokenizer, budget=budget)
+    return lambda samples: given | data.before(samples)
+
+
+def open_loader(config: TrainConfig, state: TrainState) -> SampleLoader:
+    return train_loader(
+        config.data,
+        patch_size=config.objective.data_patch_size,
+        micro_batch=config.engine.micro_batch,
+        start=state.sample,
+        first_batch=state.step * config.engine.micro_batches,
+        seed=config.seed,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+    )
+
+
+def open_evaluation(config: TrainConfig, settings: EvalConfig, device: torch.device) -> Evaluate:
+    """Losses are those of training; all else sees images of the encoder's own size."""
+    data, patch_size = config.data, config.objective.data_patch_size
+    if not isinstance(settings, ValidationLoss):
+        data, patch_size = data_at_own_size(config), config.objective.vision.patch_size
+    place = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "device": device}
+    return settings.build(data, patch_size=patch_size, seed=config.seed, **place)
+
+
+def data_at_own_size(config: TrainConfig) -> DataConfig:
+    """The data at the size of the exported encoder's images; its teacher's may be larger."""
+    transform = replace(config.data.transform, image_size=config.objective.vision.image_size)
+    return replace(config.data, transform=transform)
 
 
 def open_logger(config: TrainConfig, state: TrainState, device: torch.device) -> Logger:
@@ -248,20 +317,9 @@ def note_skip(engine: Engine, state: TrainState, micro_batches: list[Batch], log
     return in_a_row + 1
 
 
-def processing_of(config: TrainConfig) -> ProcessorConfig:
-    """How the trained encoder expects its images."""
-    transform = config.data.transform
-    return ProcessorConfig(
-        image_size=transform.image_size,
-        patch_size=config.objective.vision.patch_size,
-        mean=transform.mean,
-        std=transform.std,
-    )
-
-
 def finish(config: TrainConfig, engine: Engine) -> None:
     """Export the model and draw what it learned; every rank calls it, for the weights are gathered from all."""
-    model = engine.module.exported
+    model, vision = engine.module.exported, config.objective.vision
     weights = full_state_dict(model)
 
     def export_and_draw() -> None:
@@ -269,13 +327,13 @@ def finish(config: TrainConfig, engine: Engine) -> None:
             weights,
             Path(config.out) / "export",
             config=model.config,
-            processing=processing_of(config),
+            processing=ProcessorConfig.of_training(config.data, vision.image_size, vision.patch_size),
             tokenizer=config.data.tokenizer,
             metadata={"steps": config.steps, "images": config.steps * config.engine.batch_size, "seed": config.seed},
         )
         logger.info("exported to %s", folder)
         try:
-            draw_run(config.out, config.data, seed=config.seed, device=engine.device)
+            draw_run(config.out, data_at_own_size(config), seed=config.seed, device=engine.device)
             logger.info("drew %s", Path(config.out) / "{loss,predictions}.png")
         except Exception:  # whatever it is, the trained model is safe and must not look lost
             logger.exception("no pictures; once it is mended, scripts/show_predictions.py %s draws them", config.out)

@@ -1,8 +1,9 @@
 """Files of weights, read without executing anything: safetensors (whole or in shards) and plain PyTorch pickles."""
 
+import hashlib
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -17,6 +18,16 @@ NESTED = ("state_dict", "model")  # where training code puts the weights beside 
 
 class ModelError(ValueError):
     """A model that can't be read or written; the message names the file and what was expected."""
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of names, types, shapes and values, in the order given; one tensor at a time is in memory."""
+    found = hashlib.sha256()
+    for name, tensor in tensors:
+        values = tensor.detach().cpu().contiguous()
+        found.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        found.update(memoryview(values.flatten().view(torch.uint8).numpy()))
+    return found.hexdigest()
 
 
 class WeightFiles:

@@ -54,9 +54,13 @@ def parser(description: str, encoders: str = ENCODERS) -> argparse.ArgumentParse
     return made
 
 
+def add_image_size(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--image-size", type=int, help="pixels a side (the checkpoint's own)")
+
+
 def add_features(made: argparse.ArgumentParser, own: str = "") -> None:
     """For protocols that look at an encoder's blocks; `own` are words that only some of them know."""
-    made.add_argument("--image-size", type=int, help="pixels a side (the checkpoint's own)")
+    add_image_size(made)
     made.add_argument(
         "--layers",
         help=f"{own}output, a block counted from 0, a range as 12-17, last6, all, windows (of six); commas join",
@@ -85,7 +89,7 @@ def for_each(arguments: argparse.Namespace, protocol: Evaluation, open_encoder: 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("aimv2").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     sys.stdout.reconfigure(errors="replace")
-    for name in ("layers", "select_on"):
+    for name in ("layers", "select_on", "templates"):
         if getattr(arguments, name, None) is not None:
             arguments.settings.append(f"{name}={getattr(arguments, name)}")
     where = {"folder": arguments.out / "work", "batch_size": arguments.batch_size, "workers": arguments.workers}

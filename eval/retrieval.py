@@ -7,11 +7,15 @@ The encoder must have a text tower.
 """
 
 import sys
+from functools import partial
 
-from arguments import MODELS, main, parser
+from arguments import MODELS, add_image_size, main, parser
 
 from aimv2.evals.retrieval import Retrieval
 from aimv2.evals.text_image import open_text_image
 
 if __name__ == "__main__":
-    sys.exit(main(parser(__doc__, MODELS).parse_args(), Retrieval(), open_text_image))
+    made = parser(__doc__, MODELS)
+    add_image_size(made)
+    arguments = made.parse_args()
+    sys.exit(main(arguments, Retrieval(), partial(open_text_image, image_size=arguments.image_size)))

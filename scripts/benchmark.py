@@ -4,6 +4,7 @@
     python scripts/benchmark.py train --size large --dtype bf16 --batch 128 --compile
     python scripts/benchmark.py data --data build/photos
     python scripts/benchmark.py probe --size large --batch 64
+    python scripts/benchmark.py native --size base --dtype bf16 --budget 8192
 
 Those compared take turns within each round, each beginning in its turn, so that a machine whose speed drifts is as
 unfair to one as to another. The ratio of a round is the peer's time over ours, above 1 where ours is faster; the median
@@ -16,6 +17,9 @@ data sheet, --peak-tflops, or the fastest of ten large matrix products of the sa
 
 data: Shards of made photos are written to --data, once. Everything happens in one process, so the samples/s are those
 of a core.
+
+native: A micro-batch of AIMv2 at native resolution, forward and backward: images as strips padded to the longest, and
+packed into one sequence. One micro-batch for each area, of --budget patches.
 
 probe: The attentive probe's sweep of 14 heads on kept features and on features made anew, and exact nearest neighbours.
 """
@@ -31,6 +35,7 @@ from pathlib import Path
 
 import benchmark_data
 import benchmark_models
+import benchmark_native
 import benchmark_probe
 import torch
 
@@ -68,6 +73,7 @@ def parse() -> argparse.Namespace:
     for what in ("encoder", "train"):
         add_models(doors.add_parser(what, parents=[common]))
     add_data(doors.add_parser("data", parents=[common]))
+    add_native(doors.add_parser("native", parents=[common]))
     probe = doors.add_parser("probe", parents=[common])
     add_encoder(probe)
     probe.add_argument("--modes", nargs="+", choices=benchmark_probe.MODES, default=list(benchmark_probe.MODES))
@@ -82,6 +88,10 @@ def add_encoder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="base", help="base, large, huge, 1b, 3b; tiny to try this (%(default)s)")
     parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="images (%(default)s)")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="on the CPU")
 
@@ -92,6 +102,17 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile, for all alike")
     parser.add_argument("--forward-only", action="store_true", help="encoder: as at inference, no backward pass")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="of the device, for the MFU")
+
+
+def add_native(parser: argparse.ArgumentParser) -> None:
+    areas = benchmark_native.AREAS
+    parser.add_argument("--size", default="base", help="base, large, huge, 1b, 3b; tiny to try this (%(default)s)")
+    parser.add_argument(
+        "--areas", type=int, nargs="+", default=list(areas), metavar="N", help="most patches (%(default)s)"
+    )
+    parser.add_argument("--budget", type=int, default=max(areas), metavar="N", help="patches at once (%(default)s)")
+    parser.add_argument("--dtype", nargs="+", choices=benchmark_models.DTYPES, default=list(benchmark_models.DTYPES))
+    add_device(parser)
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +128,8 @@ def main() -> int:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    benchmark = {"data": benchmark_data, "probe": benchmark_probe}.get(arguments.what, benchmark_models)
+    others = {"data": benchmark_data, "probe": benchmark_probe, "native": benchmark_native}
+    benchmark = others.get(arguments.what, benchmark_models)
     place, found = environment(arguments, benchmark.PEERS), []
     try:
         for result in benchmark.results(arguments):

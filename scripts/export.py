@@ -4,9 +4,10 @@
     python scripts/export.py apple/aimv2-large-patch14-336 /models/aimv2-timm --format timm
 
 SOURCE is whatever `aimv2.load_encoder` takes but `random:`. `ours` keeps everything; `apple` and `transformers` have
-encoders and LiT models, `timm` encoders. Of an AIMv2 model they get the encoder, without its decoder. OUT is written at
-once or not at all, and read back before it is there. The preprocessing of Apple's and transformers' layouts rounds half
-a pixel of the centre crop down, ours and timm's to even.
+encoders and LiT models, `timm` encoders. Of an AIMv2 model they get the encoder, without its decoder. A LiT model with
+CLIP's tokens is whole in `transformers`: AutoModel and AutoProcessor open it; one with other tokens has no tokenizer
+there. OUT is written at once or not at all, and read back before it is there. The preprocessing of Apple's and
+transformers' layouts rounds half a pixel of the centre crop down, ours and timm's to even.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 
 from aimv2.exports import FORMATS, Card, export_model
 from aimv2.objectives.aimv2 import AIMv2
-from aimv2.pretrained import open_checkpoint
+from aimv2.pretrained import Checkpoint, open_checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,7 +45,7 @@ def main() -> int:
             config=model.config,
             processing=checkpoint.processor_config(vision, layout),
             format=arguments.format,
-            tokenizer=checkpoint.path.parent if checkpoint.config.get("tokenizer") else None,
+            tokenizer=tokenizer_of(checkpoint),
             metadata=checkpoint.config.get("metadata"),
             dtype=DTYPES.get(arguments.dtype),
             card=Card(
@@ -61,6 +62,12 @@ def main() -> int:
     parameters = sum(p.numel() for p in written.parameters())
     sys.stderr.write(f"{folder}: {type(written).__name__} of {parameters / 1e6:.1f}M parameters, {arguments.format}\n")
     return 0
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> str | Path | None:
+    """Of an export of ours: a name, or the folder that has its file."""
+    kept = checkpoint.config.get("tokenizer") if checkpoint.is_ours else None
+    return kept and kept.get("name", checkpoint.path.parent)
 
 
 if __name__ == "__main__":

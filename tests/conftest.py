@@ -19,5 +19,5 @@ def tiny_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_data):
-    """`tiny_run(out, *changes)` -> the arguments of scripts/train_aimv2.py for that run."""
-    return lambda out, *changes: arguments(tiny_data, out, *changes)
+    """`tiny_run(out, *changes, config=...)` -> the arguments of scripts/train_aimv2.py for that run."""
+    return lambda out, *changes, **config: arguments(tiny_data, out, *changes, **config)

@@ -24,10 +24,10 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def arguments(data: Path, out: Path, *changes: str) -> list[str]:
-    """Those of scripts/train_aimv2.py for tiny_run.py with its data in another folder."""
+def arguments(data: Path, out: Path, *changes: str, config: Path = TINY_RUN) -> list[str]:
+    """Those of scripts/train_aimv2.py for tiny_run.py, or what is derived from it, with its data in another folder."""
     place = [f"out={out}", f"data.made_by.folder={data}", f"data.train.0.shards={data}/train-*.tar"]
-    return ["--config", str(TINY_RUN), *place, f"data.validation.shards={data}/validation-*.tar", *changes]
+    return ["--config", str(config), *place, f"data.validation.shards={data}/validation-*.tar", *changes]
 
 
 def free_port() -> int:

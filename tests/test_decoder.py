@@ -57,6 +57,70 @@ def test_checkpointing_changes_no_bit():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+# --- images of different sizes, padded to the longest
+
+COUNTS = [6, 1, 4, 5]
+
+
+def padded(content: float = 0.0, n: int = N) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (4, n, D) of which the first COUNTS are images', and which these are, (4, n)."""
+    real = torch.arange(n) < torch.tensor(COUNTS)[:, None]
+    features = torch.nn.functional.pad(random_features(4), (0, 0, 0, n - N))
+    return features.masked_fill(~real[..., None], content), real
+
+
+@torch.no_grad()
+def test_padded_images_equal_one_by_one():
+    decoder, (features, real) = random_decoder(), padded()
+    text = torch.tensor([[3, 4, 2], [5, 2, 0], [2, 0, 0], [7, 8, 9]])
+    pixels, logits = decoder(features, text, real)
+    for i, count in enumerate(COUNTS):
+        expected = decoder(features[i : i + 1, :count], text[i : i + 1])
+        # float64, values of about 1: other summation orders only
+        torch.testing.assert_close((pixels[i : i + 1, :count], logits[i : i + 1]), expected, rtol=0, atol=1e-12)
+    ignored = decoder(features, text)[1]
+    assert torch.equal(ignored[0], logits[0]) and not torch.allclose(ignored[1:], logits[1:], atol=1e-3)
+
+
+def test_neither_what_stands_in_the_padding_nor_how_much_matters():
+    decoder, text = random_decoder(), torch.tensor([[3, 4, 2], [5, 2, 0], [2, 0, 0], [7, 8, 9]])
+    found = []
+    for content, n in ((0.0, N), (1e3, N), (-7.0, N + 5)):
+        torch.manual_seed(1)
+        features, real = padded(content, n)
+        features.requires_grad_()
+        pixels, logits = decoder(features, text, real)
+        decoder.zero_grad()
+        (pixels[real].square().sum() + logits.square().sum()).backward()
+        assert (features.grad[~real] == 0).all() and (features.grad[real] != 0).all()
+        found.append([pixels[real], logits, features.grad[real], *(p.grad.clone() for p in decoder.parameters())])
+    for other in found[1:]:
+        # sums of up to some 1e5 in float64; gradients of a padding would be of the order of its content
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_without_padding_nothing_changes():
+    decoder, features, text = random_decoder(), random_features(3), torch.tensor([[3, 4, 2], [5, 2, 0], [2, 0, 0]])
+    real = torch.ones(3, N, dtype=torch.bool)
+    for a, b in zip(decoder(features, text, real), decoder(features, text), strict=True):
+        assert torch.equal(a, b)
+    assert decoder.generate(features, real=real, eos_id=EOS) == decoder.generate(features, eos_id=EOS)
+
+
+@torch.no_grad()
+def test_captions_of_padded_images_equal_one_by_one():
+    decoder = random_decoder()
+    features, counts = random_features(24), [1 + i % N for i in range(24)]
+    real = torch.arange(N) < torch.tensor(counts)[:, None]
+    captions = decoder.generate(features, real=real, eos_id=EOS)
+    alone = [decoder.generate(f[None, :n], eos_id=EOS)[0] for f, n in zip(features, counts, strict=True)]
+    assert captions == alone == [roll_out(decoder, f[:n], 9) for f, n in zip(features, counts, strict=True)]
+    assert captions != decoder.generate(features, eos_id=EOS) and len(set(map(len, captions))) >= 3
+    longer = torch.nn.functional.pad(features, (0, 0, 0, 3), value=50.0)
+    assert decoder.generate(longer, real=torch.nn.functional.pad(real, (0, 3)), eos_id=EOS) == captions
+    assert decoder.generate(features, real=real, eos_id=EOS, max_tokens=2) == [caption[:2] for caption in captions]
+
+
 # --- generation
 
 

@@ -92,6 +92,8 @@ def test_vision_config_gives_a_fresh_copy_and_names_what_exists():
         ({"mlp": "relu"}, r"mlp 'relu': expected one of \['gelu', 'swiglu'\]"),
         ({"norm": "batchnorm"}, "norm 'batchnorm'"),
         ({"positions": "rope"}, "positions 'rope'"),
+        ({"position_scale": 0.5}, "position_scale 0.5 with positions 'learned'"),
+        ({"position_scale": 0.0, "positions": "sincos"}, "position_scale 0.0.*more than 0"),
     ],
 )
 def test_impossible_configs_are_refused(change, message):

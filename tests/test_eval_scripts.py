@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT, finish, start
+from shapes_run import write_shapes
 from tiny_models import LIT, V2, random_encoder
 
 from aimv2.exports import export_model
@@ -43,7 +44,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
     text = TextConfig(width=128, depth=1, heads=1, mlp_hidden=64)
     lit = type(LIT)(vision=V2, text=text, projection=32, pool_heads=2)
     export_model(random_encoder(V2), folder / "encoder", config=V2, processing=processing)
-    export_model(lit.build(), folder / "lit", config=lit, processing=processing)
+    export_model(lit.build(), folder / "lit", config=lit, processing=processing, tokenizer="clip")
     return {"encoder": folder / "encoder", "lit": folder / "lit"}
 
 
@@ -133,3 +134,20 @@ def test_options_given_twice_add_up(models, tmp_path):
     assert codes == [0], said
     results = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
     assert [(r["protocol"]["k"], r["protocol"]["seed"]) for r in results] == [([5], 3)] * 2
+
+
+def test_pairs_at_another_size_and_with_other_templates(models, tmp_path):
+    """A LiT model with CLIP's tokens on the shapes world."""
+    data = Path(write_shapes(tmp_path / "shapes").made_by.folder)
+    asked = ["--encoder", f"aimv2:{models['lit']}", "--workers", 0, "--test-images", 40, "--image-size", 84]
+    unseen = ["--data", f"shapes:{data}@shape_colour", "--templates", ROOT / "eval" / "templates" / "shapes_unseen.txt"]
+    for name, own in (("zero_shot", unseen), ("retrieval", ["--data", f"shapes:{data}"])):
+        codes, said = run(name, *asked, *own, "--out", tmp_path / name, log=tmp_path / "log")
+        assert codes == [0], said
+        result = json.loads(next((tmp_path / name).glob("*.json")).read_text())
+        assert result["encoder"]["preprocessing"]["image_size"] == 84
+        if name == "zero_shot":
+            assert result["details"]["templates"] == 7
+            assert result["metrics"]["top1"]["n"] == 40 and result["metrics"]["top1"]["chance"] == 1 / 36
+        else:
+            assert result["metrics"]["image_to_text_r1"]["n"] == 40

@@ -34,6 +34,23 @@ def test_pixel_loss_against_loops(prefix_length, seed):
 
 
 @settings(deadline=None)
+@given(patches=st.lists(st.integers(2, N), min_size=1, max_size=4), seed=st.integers(0, 1000))
+def test_pixel_loss_of_padded_images_against_loops(patches, seed):
+    """The padding is anything: here the rest of the image."""
+    rng = np.random.default_rng(seed)
+    image = rng.normal(size=(len(patches), 3, ROWS * PATCH, COLUMNS * PATCH))
+    pixels = rng.normal(size=(len(patches), N, VALUES))
+    prefix_length = [int(rng.integers(1, n)) for n in patches]
+    expected = 0.0
+    for b, (s, n) in enumerate(zip(prefix_length, patches, strict=True)):
+        for i in range(s, n):
+            expected += ((pixels[b, i - 1] - normalized_patch(image[b], i)) ** 2).mean()
+    tensors = torch.from_numpy(pixels), torch.from_numpy(image), torch.tensor(prefix_length)
+    loss = losses.pixel(*tensors, PATCH, torch.tensor(patches))
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+@settings(deadline=None)
 @given(text_length=st.lists(st.integers(0, 5), min_size=1, max_size=4), seed=st.integers(0, 1000))
 def test_caption_loss_against_loops(text_length, seed):
     rng = np.random.default_rng(seed)
@@ -95,3 +112,26 @@ def test_sums_are_at_least_fp32(dtype):
     image = torch.randn(4, 3, ROWS * PATCH, COLUMNS * PATCH, dtype=dtype)
     pixels = torch.zeros(4, N, VALUES, dtype=dtype)
     assert losses.pixel(pixels, image, torch.ones(4, dtype=torch.long), PATCH).dtype == loss.dtype
+
+
+def test_contrastive_losses_of_own_pairs_among_all():
+    """Pairs 1 and 3 of four, by the equations."""
+    images, texts = (torch.nn.functional.normalize(torch.randn(4, 5, dtype=torch.float64), dim=1) for _ in range(2))
+    own = torch.tensor([1, 3])
+    score, bias = 7 * images @ texts.T, -0.5
+    p_caption, p_image = score.softmax(dim=1), score.softmax(dim=0)
+    expected = -sum(math.log(p_caption[i, i]) + math.log(p_image[i, i]) for i in (1, 3)) / 2
+    assert losses.contrastive(score[own], score.T[own], own).item() == pytest.approx(expected, rel=1e-13)
+    together = 1 / (1 + (-score - bias).exp())
+    expected = -sum(math.log(together[i, j] if i == j else 1 - together[i, j]) for i in (1, 3) for j in range(4))
+    assert losses.sigmoid_contrastive(score[own] + bias, own).item() == pytest.approx(expected, rel=1e-13)
+
+
+def test_contrastive_losses_are_finite_in_bf16_and_zero_of_nothing():
+    score, own, none = 100 * torch.eye(3, dtype=torch.bfloat16), torch.tensor([2, 0, 1]), torch.arange(0)
+    # every image and caption prefers another by 100, more than bf16's probabilities can tell from 0
+    assert losses.contrastive(score, score.T, own).item() == pytest.approx(3 * 100)
+    assert losses.sigmoid_contrastive(score, own).item() == pytest.approx(3 * 100 + 6 * math.log(2))
+    for candidates in (0, 3):
+        empty = torch.zeros(0, candidates)
+        assert losses.contrastive(empty, empty, none) == losses.sigmoid_contrastive(empty, none) == 0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from aimv2.positions import LearnedPositions, SinCosPositions
+from aimv2.positions import InterpolatedPositions, LearnedPositions, SinCosPositions
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (16, 16), (3, 7), (64, 2)])
@@ -24,6 +24,19 @@ def test_sincos_against_the_formula(grid):
     positions = SinCosPositions(channels)(height, width)
     # an angle of up to 63 in fp32 is rounded to 4e-6
     np.testing.assert_allclose(positions.numpy(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [2 / 3, 0.5, 3.0])
+def test_scale_multiplies_rows_and_columns(scale):
+    positions = SinCosPositions(16, scale)(24, 5)
+    for row, column in ((0, 0), (23, 0), (7, 4)):
+        angles = [c * scale * 10000 ** (-j / 4) for c in (column, row) for j in range(4)]
+        expected = [f(a) for half in (angles[:4], angles[4:]) for f in (math.sin, math.cos) for a in half]
+        # an angle of up to 69 in fp32 is rounded to 4e-6
+        np.testing.assert_allclose(positions[row * 5 + column].numpy(), expected, rtol=0, atol=1e-5)
+    plain = SinCosPositions(16)(8, 8).view(8, 8, 16)
+    spread = SinCosPositions(16, 0.5)(16, 16).view(16, 16, 16)
+    assert torch.equal(spread[::2, ::2], plain)  # every other one of a grid twice as fine
 
 
 def test_first_half_of_sincos_encodes_the_column():
@@ -49,3 +62,34 @@ def test_learned_positions_are_the_parameter():
 def test_learned_positions_refuse_another_grid_even_with_as_many_cells(grid):
     with pytest.raises(ValueError, match=rf"{grid[0]}x{grid[1]} patches.*16x16"):
         LearnedPositions((16, 16), 8)(*grid)
+
+
+# --- strips: each its own grid
+
+GRIDS = [(2, 3), (1, 6), (4, 2), (3, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("n", [8, 11], ids=["longest", "longer"])
+@pytest.mark.parametrize("positions", [SinCosPositions(8), InterpolatedPositions((3, 2), 8)])
+def test_each_strip_has_the_positions_of_its_own_grid(positions, n):
+    found = positions.of_grids(torch.tensor(GRIDS), n)
+    assert found.shape == (5, n, 8) and found.isfinite().all()
+    for row, (height, width) in zip(found, GRIDS, strict=True):
+        assert torch.equal(row[: height * width], positions(height, width))
+
+
+def test_a_learned_table_of_strips_gets_the_gradient_of_all():
+    positions = LearnedPositions((2, 3), 8)
+    positions.of_grids(torch.tensor([[2, 3]] * 4), 9).sum().backward()
+    assert torch.equal(positions.weight.grad, torch.full((1, 6, 8), 4.0))
+
+
+@pytest.mark.parametrize("grid", [(3, 2), (1, 6), (4, 4)])
+def test_learned_positions_refuse_a_strip_of_another_grid(grid):
+    with pytest.raises(ValueError, match=rf"{grid[0]}x{grid[1]} patches.*2x3"):
+        LearnedPositions((2, 3), 8).of_grids(torch.tensor([(2, 3), grid]), 16)
+
+
+def test_a_grid_that_does_not_fit_its_strip_is_refused():
+    with pytest.raises(ValueError, match="2x3 patches in a strip of 5"):
+        InterpolatedPositions((2, 3), 8).of_grids(torch.tensor([(2, 3)]), 5)

@@ -1,5 +1,6 @@
-"""Captions to token ids: cleaning, a sentencepiece model, and training one."""
+"""Captions to token ids: cleaning, a sentencepiece model or CLIP's byte pairs, and training the former."""
 
+import gzip
 import hashlib
 import html
 import io
@@ -14,11 +15,13 @@ try:
 except ImportError as error:
     raise ImportError('tokenizers need ftfy and sentencepiece: pip install "aimv2[train]"') from error
 
+from aimv2.clip_tokens import CLIP
 from aimv2.whole_files import whole_file
 
 MOST_CHARACTERS = 1000  # of a clean caption
 FEWEST_ALPHANUMERICS = 3
 MODEL_FILE = "tokenizer.model"
+MOST_WORDS = 2**18  # that CLIP's tokenizer remembers
 
 # Real tags only: "a < b > c" is text.
 TAG = re.compile(r"<!--.*?-->|</?[a-zA-Z][^<>]*>", re.DOTALL)
@@ -93,6 +96,58 @@ class Tokenizer:
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
         return self._model.decode([i for i in ids if i not in (self.pad_id, self.unk_id)])
+
+
+class ClipTokenizer:
+    """CLIP's byte pairs, from open_clip, which has the vocabulary: the same ids, SOT first and EOS last.
+
+    Lower case, 49,408 tokens. Padding is 0 as there, which is a token too: lengths, not ids, tell them apart.
+
+    Raises:
+        ImportError: open_clip is not installed.
+    """
+
+    def __init__(self):
+        try:
+            from open_clip import tokenizer
+        except ImportError as error:
+            raise ImportError('CLIP\'s tokens need open_clip: pip install "aimv2[eval]"') from error
+        self._model = tokenizer.SimpleTokenizer()
+        self._unsplit = dict(self._model.cache)  # SOT and EOS
+        self.fingerprint = hashlib.sha256(gzip.decompress(Path(tokenizer.default_bpe()).read_bytes())).hexdigest()
+        self.vocab_size = self._model.vocab_size
+        self.sot_id, self.eos_id = self._model.sot_token_id, self._model.eot_token_id
+        self.pad_id = 0
+
+    def __reduce__(self):
+        return ClipTokenizer, ()  # a process that gets it makes its own
+
+    def encode(self, caption: str | bytes, limit: int) -> list[int]:
+        """SOT, ids of the cleaned caption and EOS, at most `limit` in all; [] if the caption is not usable.
+
+        Text that spells SOT or EOS ("<end_of_text>") never is their id.
+        """
+        if limit < 1:
+            raise ValueError(f"limit is {limit}, expected at least 1 token (EOS)")
+        text = clean_caption(caption)
+        if not text:
+            return []
+        ids = [i for i in self._model.encode(text) if i not in (self.sot_id, self.eos_id)]
+        if len(self._model.cache) > MOST_WORDS:  # it would keep every word of billions of captions
+            self._model.cache = dict(self._unsplit)
+        return [*[self.sot_id, *ids][: limit - 1], self.eos_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text up to the first EOS, in lower case and with a space around each sign."""
+        ids = [int(i) for i in ids]
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        return self._model.decode([i for i in ids if i != self.sot_id]).strip()
+
+
+def open_tokenizer(name: str | Path) -> Tokenizer | ClipTokenizer:
+    """The tokenizer of a run: "clip", or the path of a sentencepiece model as `Tokenizer` takes it."""
+    return ClipTokenizer() if name == CLIP else Tokenizer(name)
 
 
 def train_tokenizer(

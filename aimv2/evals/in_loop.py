@@ -1,7 +1,7 @@
 """Frozen-encoder evaluations of a model while it trains, by the functions that the scripts call."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -63,10 +63,9 @@ class FrozenEvaluation:
     ) -> Callable[[nn.Module], dict[str, float]]:
         """The eval, objective -> {name: number}, equal on all ranks. ValueError for a dataset that isn't there."""
         images = shortened(open_dataset(self.dataset, root=self.root), self.train, self.test)
-        transform = data.transform
-        processing = ProcessorConfig(
-            image_size=transform.image_size, patch_size=patch_size, mean=transform.mean, std=transform.std
-        )
+        processing = ProcessorConfig.of_training(data, data.transform.image_size, patch_size)
+        if data.native is not None:  # an evaluation takes all images at one size
+            processing = replace(processing, image_size=data.transform.image_size, resize="squash")
         where = {"device": device, "rank": rank, "world_size": world_size}
 
         def evaluate(objective: nn.Module) -> dict[str, float]:

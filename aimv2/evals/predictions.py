@@ -1,6 +1,7 @@
 """predictions.png: held-out images as the model continues and describes them.
 
-B images, N patches, P patch side, S prefix length.
+B images, N patches, P patch side, S prefix length. Native images come as strips, (B, 3, P, N P), and are drawn as what
+they are strips of.
 """
 
 import dataclasses
@@ -13,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aimv2.clip_tokens import CLIP
 from aimv2.data.batch import Batch
 from aimv2.data.loader import DataConfig, validation_loader
+from aimv2.data.native import from_strip
 from aimv2.data.shapes import parse_caption
-from aimv2.data.tokenizer import Tokenizer
+from aimv2.data.tokenizer import Tokenizer, open_tokenizer
 from aimv2.data.transforms import TransformConfig
 from aimv2.evals.curves import draw_losses, save
 from aimv2.evals.harness import at_rest
@@ -61,7 +64,7 @@ def draw_run(
 
     Reads `run`/metrics.jsonl, `run`/export and the first `samples` validation images of `data`. Captions are greedy, or
     sampled from `seed` at a temperature above 0. Returns what is drawn; nothing, and no predictions.png, if the run
-    has no validation data.
+    has no validation data or its model no decoder, as LiT.
     """
     if samples < 1:
         raise ValueError(f"samples {samples}: expected at least 1")
@@ -71,6 +74,8 @@ def draw_run(
     if data.validation is None:
         return []
     model = load_model(run / "export", device=device)
+    if not isinstance(model, AIMv2):
+        return []
     loader = validation_loader(
         dataclasses.replace(data, workers=0),
         patch_size=model.config.vision.patch_size,
@@ -83,7 +88,7 @@ def draw_run(
     predictions = predict(
         model,
         next(iter(loader)).to(device),
-        Tokenizer(run / "export" / TOKENIZER),
+        open_tokenizer(CLIP if data.tokenizer == CLIP else run / "export" / TOKENIZER),
         data.transform,
         difficulty=data.made_by.difficulty if data.made_by else None,
         temperature=temperature,
@@ -101,27 +106,37 @@ def predict(
 
     `difficulty` is that of the shapes world, whose captions can be parsed, else None; `sampling` goes to `generate`.
     """
-    n, p = batch.num_patches, model.config.vision.patch_size
+    p, real = model.config.vision.patch_size, batch.real_patches()
     first = torch.ones_like(batch.prefix_length)
-    prefix = first * max(1, round(GIVEN * n))
+    prefix = (GIVEN * batch.patch_counts()).round().long().clamp(min=1)
+
+    def pictures(images: Tensor) -> list[np.ndarray]:
+        if batch.grid is None:
+            return list(to_rgb(images, transform))
+        images = (from_strip(strip, *grid, p) for strip, grid in zip(images, batch.grid.tolist(), strict=True))
+        return [to_rgb(image[None], transform)[0] for image in images]
+
+    def continued(prefix_length: Tensor) -> list[np.ndarray]:
+        features = model.encoder(batch.image, prefix_mask(prefix_length, batch.num_patches), grid=batch.grid)
+        pixels, _ = model.decoder(features, batch.text)  # padding comes after the patches: none of them sees it
+        return pictures(next_patches(pixels, batch.image, prefix_length, p))
+
     with at_rest(model):
-        ids = model.decoder.generate(model.encoder(batch.image), eos_id=tokenizer.eos_id, **sampling)
-        continued, from_first = (
-            next_patches(model.decoder(model.encoder(batch.image, prefix_mask(s, n)), batch.text)[0], batch.image, s, p)
-            for s in (prefix, first)
-        )
-    pictures = [to_rgb(image, transform) for image in (batch.image, continued, from_first)]
-    given = hide_rest(pictures[0], int(prefix[0]), p)
+        mask = None if real is None else real[:, None, None]  # (B, 1, 1, N)
+        features = model.encoder(batch.image, mask, grid=batch.grid)
+        ids = model.decoder.generate(features, real=real, eos_id=tokenizer.eos_id, **sampling)
+        rows = zip(pictures(batch.image), continued(prefix), continued(first), prefix.tolist(), strict=True)
     predictions = []
-    for i, caption in enumerate(map(tokenizer.decode, ids)):
+    for i, (original, after_prefix, after_first, prefix_length) in enumerate(rows):
+        caption = tokenizer.decode(ids[i])
         true_caption = tokenizer.decode(batch.text[i, : batch.text_length[i]].tolist())
         predictions.append(
             Prediction(
-                original=pictures[0][i],
-                given=given[i],
-                continued=pictures[1][i],
-                from_first=pictures[2][i],
-                prefix_length=int(prefix[0]),
+                original=original,
+                given=hide_rest(original, prefix_length, p),
+                continued=after_prefix,
+                from_first=after_first,
+                prefix_length=prefix_length,
                 patch_size=p,
                 true_caption=true_caption,
                 caption=caption,
@@ -158,12 +173,12 @@ def to_rgb(image: Tensor, transform: TransformConfig) -> np.ndarray:
     return rgb.clamp(0, 1).numpy()
 
 
-def hide_rest(pictures: np.ndarray, prefix_length: int, patch_size: int) -> np.ndarray:
-    """(B, H, W, 3) -> the same with everything after the first `prefix_length` patches in grey."""
-    height, width = pictures.shape[1] // patch_size, pictures.shape[2] // patch_size
+def hide_rest(picture: np.ndarray, prefix_length: int, patch_size: int) -> np.ndarray:
+    """(H, W, 3) -> the same with everything after the first `prefix_length` patches in grey."""
+    height, width = picture.shape[0] // patch_size, picture.shape[1] // patch_size
     hidden = (np.arange(height * width) >= prefix_length).reshape(height, width)
     hidden = hidden.repeat(patch_size, axis=0).repeat(patch_size, axis=1)
-    return np.where(hidden[..., None], np.float32(HIDDEN), pictures)
+    return np.where(hidden[..., None], np.float32(HIDDEN), picture)
 
 
 def draw_predictions(predictions: Sequence[Prediction], out: str | Path) -> Path:

@@ -3,8 +3,9 @@
 B images or texts, T token positions, S side of an image, E length of a feature.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,14 +19,12 @@ from aimv2.evals.encoders.opening import as_one_line, own_seed, short_name
 from aimv2.evals.encoders.packages import optional
 from aimv2.evals.encoders.transformers import settings_of, transformers_processing
 from aimv2.evals.harness import at_rest
+from aimv2.evals.lit_tokens import lit_tokenizer
 from aimv2.exports import TOKENIZER
 from aimv2.lit import LiT, LiTConfig
 from aimv2.preprocessing import ProcessorConfig
-from aimv2.pretrained import open_checkpoint, resized
+from aimv2.pretrained import open_checkpoint, resized, sized
 from aimv2.processor import Processor
-from aimv2.text_encoder import TextConfig
-
-CLIP_VOCABULARY, CLIP_EOS = 49408, 49407
 
 
 class TextImageModel:
@@ -129,7 +128,7 @@ def text_image_of(
     """A LiT model, or an objective with one in it, which may be in training: it keeps its mode and gradients.
 
     Args:
-        tokenizer: sentencepiece model, or a folder with one, if the tokens are not CLIP's byte pairs.
+        tokenizer: sentencepiece model, or a folder with one, if the tokens are not CLIP's byte pairs: "clip" or None.
 
     Raises:
         ValueError: there is no text tower, or no tokenizer of its vocabulary.
@@ -143,7 +142,7 @@ def text_image_of(
     )
 
 
-def open_text_image(spec: str, *, device: torch.device | str = "cpu") -> TextImageModel:
+def open_text_image(spec: str, *, image_size: int | None = None, device: torch.device | str = "cpu") -> TextImageModel:
     """A model of images and text, in fp32.
 
     Args:
@@ -151,91 +150,53 @@ def open_text_image(spec: str, *, device: torch.device | str = "cpu") -> TextIma
             aimv2:PATH                  LiT, as our export or in Apple's or transformers' layout: folder, file, hub name
             open_clip:NAME[,WEIGHTS]    WEIGHTS a tag or a file; without: untrained, the same each time
             hf:NAME-OR-FOLDER           of transformers: CLIP, SigLIP, AIMv2 with text
+        image_size: pixels a side; None: what the weights are made for. Learned positions are interpolated, but by
+            transformers for its AIMv2.
 
     Raises:
-        ValueError: another spec, a model without a text tower, or one that can't be opened.
+        ValueError: another spec or size, a model without a text tower, or one that can't be opened.
     """
     kind, _, rest = spec.partition(":")
     if kind not in SOURCES or not rest:
         raise ValueError(f"model {spec!r}: expected aimv2:PATH, open_clip:NAME[,WEIGHTS] or hf:NAME-OR-FOLDER")
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+        raise ValueError(f"image_size {image_size!r}: expected pixels")
     with as_one_line(spec), own_seed():
-        model = SOURCES[kind](rest, spec)
+        model = SOURCES[kind](rest, spec, image_size)
         model.name = short_name(kind, rest, None, model.trained)
     return model.to(device)
 
 
-def open_lit(path: str, spec: str) -> TextImageModel:
-    """`aimv2:PATH`. A native model is given squares: evaluations stack images, and have no place for a mask."""
+def open_lit(path: str, spec: str, image_size: int | None = None) -> TextImageModel:
+    """`aimv2:PATH`; at another size its learned positions are interpolated once.
+
+    A native model is given whole images as squares: evaluations stack images, and have no place for a mask.
+    """
     checkpoint = open_checkpoint(path)
     config, *_ = checkpoint.whole()
     if not isinstance(config, LiTConfig):
         kind = type(config).__name__.removesuffix("Config")
         raise ValueError(f"{spec} is {kind}, without a text tower: expected a model of images and text")
-    vision, layout, _ = checkpoint.vision()
-    processing = checkpoint.processor_config(vision, layout)
-    if processing.resize == "native":
-        processing = resized(processing, vision.image_size)
+    vision, layout, prefix = checkpoint.vision()
+    stored = checkpoint.processor_config(vision, layout)
+    native = {"image_size": vision.image_size, "resize": "squash"} if stored.resize == "native" else {}
+    processing = resized(replace(stored, **native), image_size)
+    model = checkpoint.read_whole(torch.float32)
+    if image_size not in (None, vision.image_size):
+        model.config = replace(config, vision=sized(vision, image_size, stored))
+        model.encoder = checkpoint.read_vision(model.config.vision, vision, layout, prefix, torch.float32).eval()
     beside = checkpoint.path.parent / TOKENIZER
-    model = checkpoint.read_whole(torch.float32).requires_grad_(False)
-    return text_image_of(model, processing, beside if beside.exists() else None, spec)
-
-
-def lit_tokenizer(
-    config: TextConfig, spec: str, model_file: str | Path | None = None
-) -> tuple[Callable[[Sequence[str]], Tensor], dict]:
-    """The tokenizer of a text tower and its description: `model_file`'s, or CLIP's byte pairs.
-
-    Raises:
-        ValueError: neither has the tower's vocabulary.
-    """
-    if model_file is not None:
-        tokens = SentencepieceTokens(model_file, config, spec)
-        return tokens, {"kind": "sentencepiece", "sha256": tokens.fingerprint, "context": config.context_length}
-    if (config.vocab_size, config.eos) != (CLIP_VOCABULARY, CLIP_EOS):
-        raise ValueError(
-            f"{spec} has {config.vocab_size} tokens and EOS {config.eos}, not CLIP's {CLIP_VOCABULARY} and {CLIP_EOS}: "
-            f"expected a {TOKENIZER} beside its weights"
-        )
-    return _clip_tokens(config.context_length), {"kind": "CLIP byte pairs", "context": config.context_length}
-
-
-def _clip_tokens(context_length: int) -> Callable[[Sequence[str]], Tensor]:
-    return optional("open_clip").tokenizer.SimpleTokenizer(context_length=context_length)
-
-
-class SentencepieceTokens:
-    """Texts -> ids (B, T) that end with the first EOS. A text without any usable character is EOS alone.
-
-    Raises:
-        ValueError: the sentencepiece model is another vocabulary's.
-    """
-
-    def __init__(self, model_file: str | Path, config: TextConfig, spec: str):
-        from aimv2.data.tokenizer import Tokenizer
-
-        self._tokenizer, self._config = Tokenizer(model_file), config
-        self.fingerprint = self._tokenizer.fingerprint
-        found = (self._tokenizer.vocab_size, self._tokenizer.eos_id)
-        if found != (config.vocab_size, config.eos):
-            raise ValueError(
-                f"{model_file} has {found[0]} tokens and EOS {found[1]}: "
-                f"expected {config.vocab_size} and {config.eos}, as {spec} has"
-            )
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        c = self._config
-        ids = torch.full((len(texts), c.context_length), c.eos)
-        for row, text in zip(ids, texts, strict=True):
-            found = self._tokenizer.encode(text, c.context_length)
-            row[: len(found)] = torch.tensor(found, dtype=torch.int64)
-        return ids
+    return text_image_of(model.requires_grad_(False), processing, beside if beside.exists() else None, spec)
 
 
 class TransformersTextImage(TextImageModel):
     """Of transformers' `get_image_features` and `get_text_features`."""
 
+    interpolate = False  # positions, for images of another size
+
     def _encode_image(self, images: Tensor) -> Tensor:
-        return self.model.get_image_features(images).pooler_output
+        arguments = {"interpolate_pos_encoding": True} if self.interpolate else {}
+        return self.model.get_image_features(images, **arguments).pooler_output
 
     def _encode_text(self, text: Tensor) -> Tensor:
         causal = {}
@@ -244,9 +205,9 @@ class TransformersTextImage(TextImageModel):
         return self.model.get_text_features(text, **causal).pooler_output
 
 
-def open_open_clip_pair(rest: str, spec: str) -> TextImageModel:
+def open_open_clip_pair(rest: str, spec: str, image_size: int | None = None) -> TextImageModel:
     """`open_clip:NAME[,WEIGHTS]`, prepared as `open_encoder` does."""
-    model, trained = create_open_clip(rest, spec)
+    model, trained = create_open_clip(rest, spec, image_size)
     name = rest.partition(",")[0]
     tokenizer = optional("open_clip").get_tokenizer(name, context_length=getattr(model, "context_length", None))
     return TextImageModel(
@@ -261,7 +222,7 @@ def open_open_clip_pair(rest: str, spec: str) -> TextImageModel:
     )
 
 
-def open_transformers_pair(rest: str, spec: str) -> TransformersTextImage:
+def open_transformers_pair(rest: str, spec: str, image_size: int | None = None) -> TransformersTextImage:
     """`hf:NAME-OR-FOLDER`. In AIMv2's text tower only eager attention with a mask is causal."""
     transformers = optional("transformers")
     kind = transformers.AutoConfig.from_pretrained(rest)
@@ -283,15 +244,23 @@ def open_transformers_pair(rest: str, spec: str) -> TransformersTextImage:
         settings = {"padding": "max_length", "max_length": context, "truncation": True, "return_tensors": "pt"}
         return tokenizer(list(texts), **settings).input_ids
 
-    return TransformersTextImage(
+    pair = TransformersTextImage(
         model.eval().requires_grad_(False),
-        transformers_processing(entry, 1),
+        transformers_processing(entry, 1, image_size),
         tokens,
         spec=spec,
         source="transformers",
         tokens={"kind": type(tokenizer).__name__, "context": context},
         settings=settings_of(kind),
     )
+    if image_size not in (None, kind.vision_config.image_size):
+        pair.interpolate = "interpolate_pos_encoding" in inspect.signature(model.vision_model.forward).parameters
+        if not pair.interpolate and not getattr(kind.vision_config, "is_native", False):
+            raise ValueError(
+                f"image_size {image_size}: expected {kind.vision_config.image_size}, transformers does not interpolate "
+                f"the positions of {kind.model_type}"
+            )
+    return pair
 
 
 SOURCES = {"aimv2": open_lit, "open_clip": open_open_clip_pair, "hf": open_transformers_pair}

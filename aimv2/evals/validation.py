@@ -20,7 +20,8 @@ class ValidationLoss:
     """Whatever the objective returns, over the whole split: `pixel_loss` is the mean over supervised patches,
     `caption_loss` the mean over caption tokens, EOS included, in nats.
 
-    If the data are the shapes world, `caption_entropy` stands beside them: nats per token that no model goes below.
+    If the data are the shapes world, `caption_entropy` stands beside the latter: nats per token that no model goes
+    below.
     """
 
     name: ClassVar[str] = "validation"
@@ -52,7 +53,7 @@ class ValidationLoss:
                     for name, loss in objective(batch.to(device), counts).items():
                         sums[name] = sums.get(name, 0.0) + loss.double()
             metrics = dict(zip(sums, sum_over_ranks(torch.stack(list(sums.values()))).tolist(), strict=True))
-            if data.made_by is not None:
+            if data.made_by is not None and "caption_loss" in metrics:
                 metrics["caption_entropy"] = caption_entropy(data.made_by.difficulty) * captions / counts.tokens.item()
             return metrics
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aimv2.encoder import TABLES, VisionEncoder
-from aimv2.positions import resize_positions
+from aimv2.positions import SinCosPositions, resize_positions
 from aimv2.preprocessing import ProcessorConfig
 from aimv2.pretrained import resized, sized
 from aimv2.processor import Processor
@@ -151,8 +151,10 @@ class TimmEncoder(nn.Module):
         if img_size is None:
             return
         side = one_side(img_size)
-        encoder.config = sized(c, side)
-        if c.positions in TABLES:
+        encoder.config = sized(c, side, self.processor.config)
+        if c.positions == "sincos":
+            encoder.positions = SinCosPositions(c.width, encoder.config.position_scale)
+        else:
             old, grid = encoder.positions, (encoder.config.grid, encoder.config.grid)
             encoder.positions = TABLES[c.positions](grid, c.width).train(old.training)
             table = resize_positions(old.weight.detach(), old.grid, grid)

@@ -1,17 +1,20 @@
 """AIMv2: predict the image's next patches, then its caption's tokens (arXiv 2411.14402, section 2.1)."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from aimv2 import losses
 from aimv2.data.batch import Batch, Counts
-from aimv2.data.loader import DataConfig
 from aimv2.decoder import DecoderConfig, MultimodalDecoder
 from aimv2.encoder import VisionConfig, VisionEncoder
 from aimv2.flops import training_flops
 from aimv2.masks import prefix_mask
 from aimv2.objectives.checks import check_context, check_image_size
+
+if TYPE_CHECKING:  # it needs what only training has
+    from aimv2.data.loader import DataConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,9 +30,18 @@ class AIMv2Config:
     def vocab_size(self) -> int:
         return self.decoder.vocab_size
 
-    def check(self, data: DataConfig) -> None:
+    @property
+    def data_patch_size(self) -> int:
+        """Side of a patch in the pixels of the data."""
+        return self.vision.patch_size
+
+    def check(self, data: "DataConfig") -> None:
         """Raises ValueError for data that the model has no place for."""
         check_image_size(data, self.vision.image_size)
+        if data.native is not None and self.vision.positions == "learned":
+            raise ValueError(
+                "objective.vision.positions 'learned' with data.native: expected 'sincos' or 'interpolated'"
+            )
         check_context(data, self.decoder.context_length, "objective.decoder.context_length")
 
     def training_flops(self, tokens: int) -> float:
@@ -54,10 +66,11 @@ class AIMv2(nn.Module):
     def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Losses of a micro-batch, each already divided by the optimizer step's global number of targets."""
         mask = prefix_mask(batch.prefix_length, batch.num_patches)
-        features = self.encoder(batch.image, mask)  # (B, N, D)
-        pixels, logits = self.decoder(features, batch.text)  # (B, N, 3P^2), (B, T, V)
+        features = self.encoder(batch.image, mask, grid=batch.grid)  # (B, N, D)
+        pixels, logits = self.decoder(features, batch.text, batch.real_patches())  # (B, N, 3P^2), (B, T, V)
         patch_size = self.config.vision.patch_size
-        pixel_loss = losses.pixel(pixels, batch.image, batch.prefix_length, patch_size) / counts.patches
+        pixel_loss = losses.pixel(pixels, batch.image, batch.prefix_length, patch_size, batch.patch_counts())
+        pixel_loss = pixel_loss / counts.patches
         caption_loss = losses.caption(logits, batch.text, batch.text_length) / counts.tokens
         loss = caption_loss + self.config.pixel_weight * pixel_loss
         return {"loss": loss, "pixel_loss": pixel_loss.detach(), "caption_loss": caption_loss.detach()}

@@ -1,9 +1,12 @@
 """What objectives ask of the data, when a run's config is made."""
 
-from aimv2.data.loader import DataConfig
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # it needs what only training has
+    from aimv2.data.loader import DataConfig
 
 
-def check_image_size(data: DataConfig, size: int, key: str = "objective.vision.image_size") -> None:
+def check_image_size(data: "DataConfig", size: int, key: str = "objective.vision.image_size") -> None:
     """Raises ValueError if the images are not of the size that the config has under `key`."""
     if data.transform.image_size != size:
         raise ValueError(
@@ -12,7 +15,7 @@ def check_image_size(data: DataConfig, size: int, key: str = "objective.vision.i
         )
 
 
-def check_context(data: DataConfig, length: int, key: str) -> None:
+def check_context(data: "DataConfig", length: int, key: str) -> None:
     """Raises ValueError if captions may be longer than the context that the config has under `key`."""
     if data.context_length > length:
         raise ValueError(f"data.context_length {data.context_length} is more than {key} {length}")

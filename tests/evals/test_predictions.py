@@ -4,10 +4,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shapes_run import ROOT
+from strips import image_batch, random_images, strip_batch
 
+from aimv2.data.tokenizer import Tokenizer
 from aimv2.data.transforms import TransformConfig
+from aimv2.decoder import DecoderConfig
+from aimv2.encoder import VisionConfig
 from aimv2.evals.curves import draw_losses, running_mean
-from aimv2.evals.predictions import Prediction, draw_predictions, draw_run, hide_rest, next_patches, to_rgb
+from aimv2.evals.predictions import Prediction, draw_predictions, draw_run, hide_rest, next_patches, predict, to_rgb
+from aimv2.objectives.aimv2 import AIMv2Config
 from aimv2.patches import normalize_patches, patchify
 
 
@@ -34,6 +40,31 @@ def test_the_mean_is_drawn_where_nothing_is_predicted_and_the_prefix_is_kept():
     assert torch.allclose(drawn[1, :, 4:, 4:], image[1, :, 4:, 4:].mean())
 
 
+@torch.no_grad()
+def test_native_images_are_drawn_as_one_by_one(tmp_path):
+    """Of different sizes as strips: pictures in their own grids, each with its own share as prefix."""
+    grids, texts = [(3, 3), (2, 5), (1, 2)], [[3, 4, 1], [1], [5, 1]]
+    torch.manual_seed(0)
+    images = random_images(grids, 4, torch.float32)
+    batch = strip_batch(images, texts, [1, 1, 1], 4, n=12, padding=9.0)
+    vision = VisionConfig(width=16, depth=1, heads=2, mlp_hidden=16, image_size=12, patch_size=4, positions="sincos")
+    decoder = DecoderConfig(width=16, depth=1, heads=2, mlp_hidden=16, vocab_size=60, context_length=5)
+    model, tokenizer = AIMv2Config(vision=vision, decoder=decoder).build(), Tokenizer(ROOT / "tokenizers" / "shapes")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # at their initial values every image would have the same caption
+    transform = TransformConfig(image_size=12)
+    found = predict(model, batch, tokenizer, transform, difficulty=None)
+    assert [p.prefix_length for p in found] == [4, 4, 1]  # 45 % of 9, 10 and 2
+    assert len({p.caption for p in found}) == 3
+    for one, image, text, (h, w) in zip(found, images, texts, grids, strict=True):
+        assert one.original.shape == (4 * h, 4 * w, 3)
+        (alone,) = predict(model, image_batch(image, text, 1, 4), tokenizer, transform, difficulty=None)
+        for name in ("original", "given", "continued", "from_first"):
+            np.testing.assert_allclose(getattr(one, name), getattr(alone, name), rtol=0, atol=1e-5)  # fp32, up to 1
+        assert (one.caption, one.true_caption) == (alone.caption, alone.true_caption)
+    assert size_of(draw_predictions(found, tmp_path / "predictions.png")) == (1100, 625)
+
+
 def test_rgb_undoes_the_normalisation():
     transform = TransformConfig(image_size=4)
     pixels = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -44,7 +75,7 @@ def test_rgb_undoes_the_normalisation():
 
 
 def test_what_follows_the_prefix_is_hidden():
-    hidden = hide_rest(np.zeros((1, 4, 6, 3), np.float32), 4, 2)[0, ..., 0] > 0  # 2 x 3 patches, 4 given
+    hidden = hide_rest(np.zeros((4, 6, 3), np.float32), 4, 2)[..., 0] > 0  # 2 x 3 patches, 4 given
     assert hidden.tolist() == [[False] * 6] * 2 + [[False] * 2 + [True] * 4] * 2
 
 

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import LIT, V2, random_encoder, random_lit
+from tiny_models import LIT, NATIVE, V2, random_encoder, random_lit
 from torch import nn
 
 from aimv2.data.tokenizer import Tokenizer
 from aimv2.evals.text_image import open_text_image, text_image_of
 from aimv2.exports import export_model
+from aimv2.lit import unit
 from aimv2.preprocessing import ProcessorConfig
+from aimv2.pretrained import load_encoder
 
 PROCESSING = ProcessorConfig(image_size=56, patch_size=14, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_pct=0.875)
 SHAPES = Path(__file__).parents[2] / "tokenizers" / "shapes"
@@ -280,3 +282,84 @@ def test_the_same_weights_with_another_setting_are_another_model(lit, folders, t
         )
         assert one["weights"] == two["weights"]
         assert one["config"] != two["config"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["ours", "apple", "transformers"])
+def test_another_size_is_that_of_load_encoder(folders, lit, layout):
+    """Its interpolated positions, under the same pool and projection; text and preprocessing are not touched."""
+    model = open_text_image(f"aimv2:{folders[layout]}", image_size=84)
+    encoder = load_encoder(folders[layout], image_size=84)
+    images = torch.randn(2, 3, 84, 84, generator=torch.Generator().manual_seed(0))
+    expected = unit(lit.image_projection(lit.pool(encoder(images))))
+    torch.testing.assert_close(model.encode_image(images), expected, **CLOSE)
+    assert model.processor.config == encoder.processor.config
+    ids = model.tokenizer(TEXTS)
+    torch.testing.assert_close(model.encode_text(ids), lit.encode_text(ids), **CLOSE)
+    assert model.describe()["config"] != open_text_image(f"aimv2:{folders[layout]}").describe()["config"]
+
+
+def test_its_own_size_changes_nothing(folders):
+    one, two = (open_text_image(f"aimv2:{folders['ours']}", image_size=size) for size in (None, 56))
+    assert one.describe() == two.describe()
+
+
+@pytest.mark.parametrize(("size", "words"), [("large", "expected pixels"), (0, "expected pixels"), (60, "14")])
+def test_sizes_that_are_none(folders, size, words):
+    with pytest.raises(ValueError, match=words):
+        open_text_image(f"aimv2:{folders['ours']}", image_size=size)
+
+
+def test_transformers_does_not_resize_aimv2(folders):
+    with pytest.raises(ValueError, match="image_size 84: expected 56, transformers does not interpolate"):
+        open_text_image(f"hf:{folders['transformers']}", image_size=84)
+
+
+@torch.no_grad()
+def test_transformers_resizes_clip(clip_tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    text = {"vocab_size": 49408, "max_position_embeddings": 10, "bos_token_id": 49406, "eos_token_id": 49407}
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(
+        vision_config={**sizes, "image_size": 32, "patch_size": 8}, text_config={**sizes, **text}, projection_dim=24
+    )
+    own = transformers.CLIPModel(config).eval()
+    own.save_pretrained(tmp_path)
+    clip_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(CLIP_32))
+    model = open_text_image(f"hf:{tmp_path}", image_size=48)
+    assert model.processor.config.image_size == 48
+    images = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    expected = own.get_image_features(images, interpolate_pos_encoding=True).pooler_output
+    torch.testing.assert_close(model.encode_image(images, normalize=False), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_open_clip_resizes(clip_folder):
+    import open_clip
+
+    model = open_text_image(f"open_clip:local-dir:{clip_folder}", image_size=48)
+    own, _, _ = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}", force_image_size=48)
+    images = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.encode_image(images), own.eval().encode_image(images, normalize=True), **CLOSE)
+    assert model.processor.config.image_size == 48
+
+
+def test_a_native_model_sees_the_whole_image(tmp_path):
+    """As a square: no side is cut off."""
+    config = replace(CLIP_LIT, vision=NATIVE)
+    native = replace(PROCESSING, image_size=None, resize="native", crop_pct=1.0)
+    export_model(random_lit(config), tmp_path / "lit", config=config, processing=native)
+    for size in (None, 84):
+        found = open_text_image(f"aimv2:{tmp_path / 'lit'}", image_size=size).processor.config
+        assert (found.image_size, found.resize, found.resize_size) == (size or 224, "squash", size or 224)
+
+
+def test_clip_by_name(lit):
+    """As a run's data.tokenizer says it."""
+    named, unnamed = (text_image_of(lit, PROCESSING, tokenizer) for tokenizer in ("clip", None))
+    assert torch.equal(named.tokenizer(TEXTS), unnamed.tokenizer(TEXTS))
+    assert named.describe() == unnamed.describe()
+    with pytest.raises(ValueError, match="model has 60 tokens and EOS 59, not CLIP's"):
+        text_image_of(random_lit(), PROCESSING, "clip")

@@ -1,12 +1,18 @@
 """Zero-shot against CLIP_benchmark's functions, and what it says of models that know all or nothing."""
 
+import re
 import zlib
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from known_features import KnownPair, dataset, within_chance
 
+from aimv2.data.shapes_language import parse_caption
+from aimv2.data.shapes_world import COLOURS, SHAPES, WORLDS, world
+from aimv2.evals.datasets.shards import shapes_templates
 from aimv2.evals.session import Session
 from aimv2.evals.zero_shot import ZeroShot
 
@@ -182,3 +188,28 @@ def test_images_that_can_not_be_read_are_wrong():
     outcome = ZeroShot().run(KnownPair(np.eye(2)[labels], knows(2)), data, QUIET)
     assert outcome.metrics["top1"].value == 18 / 20
     assert [sample["sample"] for sample in outcome.samples if sample["prediction"] is None] == ["00004", "00020"]
+
+
+UNSEEN = Path(__file__).parents[2] / "eval" / "templates" / "shapes_unseen.txt"
+
+
+@pytest.mark.parametrize("difficulty", WORLDS)
+def test_unseen_templates_are_no_captions_of_the_world(difficulty):
+    """Of the words of its grammar, but with no caption's order of them; and they favour neither size."""
+    templates = UNSEEN.read_text().splitlines()
+    assert len(templates) == len(set(templates)) >= 5
+    board = world(difficulty)
+    grammar = {word for label in ("shape", "shape_colour") for word in " ".join(shapes_templates(label, board)).split()}
+    for template in templates:
+        assert template.count("{}") == 1
+        assert set(template.split()) <= grammar
+        for name in [*SHAPES, *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)]:
+            assert parse_caption(template.format(name), difficulty) is None
+    words = Counter(re.findall("big|small", " ".join(templates)))
+    assert words["big"] == words["small"]
+
+
+def test_unseen_templates_are_taken():
+    model = KnownPair(np.random.default_rng(0).normal(size=(10, 16)), by_its_letters)
+    outcome = ZeroShot(templates=str(UNSEEN)).run(model, dataset(1, 9, labels_of(10, 3)), QUIET)
+    assert outcome.details["templates"] == len(UNSEEN.read_text().splitlines())

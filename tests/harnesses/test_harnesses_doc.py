@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
 import tarfile
 from dataclasses import replace
@@ -49,6 +50,10 @@ def place(tmp_path, monkeypatch):
         processing = ProcessorConfig(image_size=side, patch_size=14, mean=(0.5,) * 3, std=(0.5,) * 3)
         folder = tmp_path / "apple" / f"aimv2-large-patch14-{name}"
         export_model(model, folder, config=config, processing=processing, format="transformers")
+    shutil.copytree(tmp_path / "apple" / "aimv2-large-patch14-224-lit", tmp_path / "lit-hf")
+    processing = replace(processing, image_size=224)
+    ours = tmp_path / "runs" / "shapes_lit" / "export"
+    export_model(models["224-lit"][0], ours, config=lit, processing=processing, tokenizer="clip")
     pictures()[0].save(tmp_path / "cat.jpg")
     shards = tmp_path / "shards"
     (shards / "test").mkdir(parents=True)
@@ -111,6 +116,7 @@ def test_every_snippet_runs(place):
     names = run_blocks("clip_benchmark", "timm", "transformers")
     assert names["texts"].shape == (2, 32) and names["logits"].shape == (1, 10)
     assert [each.shape for each in names["maps"]] == [(1, 32, 24, 24)] * 2
+    assert names["scores"].shape == (1, 2)
     assert names["backbone"].feature_info.reduction() == [14, 14]
     again = load_encoder(place / "tuned")
     prepared = again.processor(place / "cat.jpg").pixel_values
@@ -160,7 +166,7 @@ def test_every_command_runs(place, monkeypatch):
     predictions, recalls = counted_by_hand()
     monkeypatch.setattr(TinyCifar, "labels", half_right(predictions))
     lines = [line for block in blocks("sh") for line in block[1].replace("\\\n", "").splitlines()]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         words = shlex.split(line)
         assert words[0] == "python"

@@ -17,6 +17,7 @@ from aimv2.evals.feature_store import fingerprint
 from aimv2.evals.harness import at_rest
 from aimv2.preprocessing import ProcessorConfig
 from aimv2.processor import Processor
+from aimv2.weights import digest
 
 
 class BlockOutput(NamedTuple):
@@ -187,12 +188,7 @@ def weights_digest(model: nn.Module) -> str:
     state = model.state_dict()
     if not state:
         return hashlib.sha256(b"none").hexdigest()
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(memoryview(values.flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()
+    return digest(sorted(state.items()))
 
 
 def preprocessing_hash(config: ProcessorConfig) -> str:

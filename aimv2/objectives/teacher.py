@@ -1,0 +1,150 @@
+"""A frozen model to learn from, and whether it can teach a student.
+
+B images, S side of a square image, N patches, E width.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aimv2.config import ConfigError
+from aimv2.decoder import MultimodalDecoder
+from aimv2.encoder import VisionEncoder
+from aimv2.objectives.aimv2 import AIMv2Config
+from aimv2.pretrained import Checkpoint, load_encoder, load_model
+
+if TYPE_CHECKING:  # it needs what only training has
+    from aimv2.data.loader import DataConfig
+
+
+@dataclass(eq=False)
+class Teacher:
+    """In eval mode and without gradients, for images of any size."""
+
+    encoder: VisionEncoder
+    decoder: MultimodalDecoder | None
+    place: tuple[torch.dtype, torch.device]
+
+    @torch.no_grad()
+    def see(self, image: Tensor, mask: Tensor | None, grid: Tensor | None) -> Tensor:
+        """Features (B, N, E); arguments as the encoder's."""
+        return self.encoder(image, mask, grid=grid)
+
+    @torch.no_grad()
+    def predict(self, features: Tensor, text: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Pixels (B, N, 3P^2) and logits (B, T, V); arguments as the decoder's."""
+        return self.decoder(features, text, real)
+
+
+_OPEN: WeakValueDictionary[tuple, Teacher] = WeakValueDictionary()
+
+
+def open_teacher(source: str, with_decoder: bool, dtype: torch.dtype, device: torch.device) -> Teacher:
+    """The teacher, which is shared by all who ask while it is in use.
+
+    The whole copy of an objective that is evaluated under ZeRO-3 then does without one of its own.
+    """
+    key = (source, with_decoder, dtype, device)
+    if (teacher := _OPEN.get(key)) is None:
+        encoder = load_encoder(source, image_size="native", dtype=dtype, device=device).encoder
+        decoder = load_model(source, dtype=dtype, device=device).decoder if with_decoder else None
+        if decoder is not None:
+            decoder.requires_grad_(False)
+        teacher = _OPEN[key] = Teacher(encoder, decoder, (dtype, device))
+    return teacher
+
+
+def check_grid(checkpoint: Checkpoint, student: AIMv2Config, image_size: int, must_match: str) -> None:
+    """Whether it can see images of `image_size`, and in the student's patches if `must_match` names who needs that.
+
+    This and the others below raise ConfigError if not: a teacher that can't serve is a mistake of the run's config.
+    """
+    patch_size, ours = checkpoint.vision()[0].patch_size, student.vision.grid
+    grid, rest = divmod(image_size, patch_size)
+    if rest:
+        raise ConfigError(
+            f"{checkpoint.path} has patches of {patch_size} px: expected a teacher_image_size that is a multiple, "
+            f"not {image_size}"
+        )
+    if must_match and grid != ours:
+        raise ConfigError(
+            f"{checkpoint.path} sees {grid}x{grid} patches in {image_size} px, the student {ours}x{ours}, but "
+            f"{must_match} compares them one by one: expected teacher_image_size {ours * patch_size}, or features "
+            "'full' and prediction_weight 0"
+        )
+
+
+def check_strips(checkpoint: Checkpoint, student: AIMv2Config) -> None:
+    """Whether it has the patches of the student, in which images of native resolution come."""
+    theirs, ours = checkpoint.vision()[0].patch_size, student.vision.patch_size
+    if theirs != ours:
+        raise ConfigError(
+            f"{checkpoint.path} has patches of {theirs} px, but data.native cuts images into the student's, {ours} px: "
+            "expected a teacher of the same, or data.native none"
+        )
+
+
+def check_decoder(checkpoint: Checkpoint, student: AIMv2Config) -> None:
+    """Whether it predicts what the student predicts."""
+    config = checkpoint.whole()[0]
+    offer = "expected another teacher, or prediction_weight 0"
+    if not isinstance(config, AIMv2Config):
+        raise ConfigError(f"{checkpoint.path} has no decoder to predict with: {offer}")
+    for key, theirs, ours in (
+        ("vocab_size", config.vocab_size, student.vocab_size),
+        ("patch_size", config.vision.patch_size, student.vision.patch_size),
+    ):
+        if theirs != ours:
+            raise ConfigError(f"{checkpoint.path} predicts for {key} {theirs}, but the student's is {ours}: {offer}")
+    if config.decoder.context_length < student.decoder.context_length:
+        raise ConfigError(
+            f"{checkpoint.path} has a context of {config.decoder.context_length} tokens, but the student's captions "
+            f"may have {student.decoder.context_length}: {offer}"
+        )
+
+
+def check_images(checkpoint: Checkpoint, data: "DataConfig") -> None:
+    """Whether images are normalised as it was trained."""
+    vision, layout, _ = checkpoint.vision()
+    told, transform = checkpoint.processor_config(vision, layout), data.transform
+    if (told.mean, told.std) != (transform.mean, transform.std):
+        raise ConfigError(
+            f"{checkpoint.path} expects images of mean {told.mean} and std {told.std}, "
+            f"but data.transform has {transform.mean} and {transform.std}"
+        )
+
+
+def check_tokenizer(checkpoint: Checkpoint, data: "DataConfig") -> None:
+    """Whether its tokens are those of the data."""
+    from aimv2.data.tokenizer import open_tokenizer
+
+    theirs = (checkpoint.config.get("tokenizer") or {}).get("sha256")
+    ours = open_tokenizer(data.tokenizer).fingerprint
+    if theirs != ours:
+        described = "no tokenizer beside it" if theirs is None else f"the tokenizer of sha256 {theirs[:12]}"
+        raise ConfigError(
+            f"{checkpoint.path} has {described}, not data.tokenizer {data.tokenizer}, {ours[:12]}: "
+            "expected the same, or prediction_weight 0"
+        )
+
+
+def resize_images(image: Tensor, size: int) -> Tensor:
+    """(B, 3, S, S) -> (B, 3, size, size): bicubic, anti-aliased where it shrinks."""
+    if image.shape[-1] == size:
+        return image
+    return F.interpolate(image, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+
+
+def resize_features(features: Tensor, grid: int) -> Tensor:
+    """(B, N, E) of a square grid -> (B, grid^2, E): bilinear, a weighted mean where it shrinks."""
+    side = round(features.shape[1] ** 0.5)
+    if side == grid:
+        return features
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    image = features.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (B, E, h, w)
+    image = F.interpolate(image, size=(grid, grid), mode="bilinear", antialias=True, align_corners=False)
+    return image.flatten(2).transpose(1, 2)

@@ -1,0 +1,22 @@
+"""What the student of configs/shapes_distilled.py becomes alone: the same model, data and steps without a teacher.
+
+deepspeed scripts/train_aimv2.py --config configs/shapes_student.py
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from aimv2.config import load_config
+from aimv2.train import TrainConfig
+
+
+def config() -> TrainConfig:
+    run = load_config(Path(__file__).with_name("shapes_mixed.py"))
+    run.out = "runs/shapes_student"
+    run.steps = 1500
+    size = {"width": 64, "depth": 2, "heads": 2, "mlp_hidden": 176}
+    run.data.transform = replace(run.data.transform, image_size=72)
+    run.objective.vision = replace(run.objective.vision, image_size=72, **size)
+    run.objective.decoder = replace(run.objective.decoder, **size)
+    run.save_every = 500
+    return run
