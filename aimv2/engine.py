@@ -140,6 +140,8 @@ def build_engine(model: nn.Module, optim: OptimConfig, config: EngineConfig) -> 
     for p in model.parameters():
         if p.dim() == 0:  # DeepSpeed 0.19 can't broadcast it: while training it has one dimension
             p.data, p.was_scalar = p.data.reshape(1), True
+        if not p.requires_grad and dist.get_rank() == 0:  # DeepSpeed rounds it with the rest, and keeps no fp32 copy
+            p.as_given = p.detach().to("cpu", copy=True)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(model, optim, fused=fused),
@@ -180,12 +182,13 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:
-    """The optimizer's fp32 copy; frozen parameters, which have none, as they are."""
+    """The optimizer's fp32 copy; of frozen parameters, which have none, on rank 0 what they were at the start."""
     if parameter.requires_grad:
         whole = safe_get_full_fp32_param(parameter)
         return whole.reshape(()) if hasattr(parameter, "was_scalar") else whole
     with deepspeed.zero.GatheredParameters(parameter):  # does nothing below ZeRO-3
-        return parameter.detach().float().clone()
+        found = parameter.detach().float().clone()
+    return getattr(parameter, "as_given", found)
 
 
 def evaluation_model(engine: Engine, build: Callable[[], nn.Module]) -> nn.Module:

@@ -246,14 +246,16 @@ def sized(config: VisionConfig, image_size: int | str | None, processing: Proces
 
 
 def resized(config: ProcessorConfig, image_size: int | str | None) -> ProcessorConfig:
-    """The processor for images of another size; the share that the centre crop keeps stays as it is."""
+    """The processor for images of another size; the share that the centre crop keeps stays as it is.
+
+    A native model has been trained on whole images: at one size it is given them squashed.
+    """
     if image_size == "native":
         return replace(config, image_size=None, resize="native")
     if image_size is None:
         return config
-    return replace(
-        config, image_size=image_size, resize="shortest_edge" if config.resize == "native" else config.resize
-    )
+    resize = "squash" if config.resize == "native" else config.resize
+    return replace(config, image_size=image_size, resize=resize)
 
 
 def open_checkpoint(

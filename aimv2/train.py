@@ -59,7 +59,9 @@ logger = logging.getLogger(__name__)
 MOST_SKIPPED_IN_A_ROW = 5
 # The checkpoint's fingerprints say whether the data before it are the same; those after it may be others.
 MAY_CHANGE_ON_RESUME = {"out", "steps", "save_every", "keep", "log_every", "wandb", "evals"}
-MAY_CHANGE_ON_RESUME |= {f"data.{name}" for name in ("workers", "train", "changes", "remote")}
+MAY_CHANGE_ON_RESUME |= {"objective.feature_cache"} | {
+    f"data.{name}" for name in ("workers", "train", "changes", "remote")
+}
 
 
 Objective = AIMv2Config | DistillConfig | LiTObjectiveConfig
@@ -164,6 +166,11 @@ def load_tokenizer(config: TrainConfig) -> Tokenizer:
         raise ConfigError(
             f"data.tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} pieces, "
             f"but the objective's vocab_size is {config.objective.vocab_size}"
+        )
+    text = getattr(config.objective, "text", None)  # a tower that looks for EOS, which decoders don't
+    if text is not None and text.eos != tokenizer.eos_id:
+        raise ConfigError(
+            f"data.tokenizer {config.data.tokenizer} has EOS {tokenizer.eos_id}, but the text tower's eos is {text.eos}"
         )
     return tokenizer
 

@@ -30,7 +30,8 @@ def config() -> TrainConfig:
         feature_cache=2.0,
     )
     run.data.tokenizer = "clip"
-    run.optim = replace(run.optim, peak_lr=1e-3, warmup_steps=50)
+    no_decay = run.optim.no_decay + r"|log_scale$|query$"
+    run.optim = replace(run.optim, peak_lr=1e-3, warmup_steps=50, weight_decay=0.2, decoupled=False, no_decay=no_decay)
     run.engine = replace(run.engine, batch_size=256, micro_batch=256)
     run.evals = [ValidationLoss(every=200, samples=2_000, batch_size=256)]
     run.save_every = 200

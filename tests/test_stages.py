@@ -94,8 +94,10 @@ def test_ranks_share_one_order_of_samples_and_one_gradient(stage, tmp_path, name
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-3)
 
 
-def test_a_locked_tower_stays_and_is_exported(stage, source, tmp_path):
-    codes, said = run(stage("lit", tmp_path / "run", "steps=3"), tmp_path)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_locked_tower_is_exported_as_it_came(stage, source, tmp_path, precision):
+    """To the bit, whatever it ran in."""
+    codes, said = run(stage("lit", tmp_path / "run", "steps=2", f"engine.precision={precision}"), tmp_path)
     assert codes == [0], said
     before, after = load_file(source / "model.safetensors"), weights(tmp_path / "run")
     tower = [name for name in before if name.startswith("encoder.")]

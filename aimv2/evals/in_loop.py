@@ -1,7 +1,7 @@
 """Frozen-encoder evaluations of a model while it trains, by the functions that the scripts call."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from aimv2.evals.session import Session
 from aimv2.evals.text_image import text_image_of
 from aimv2.evals.zero_shot import ZeroShot
 from aimv2.preprocessing import ProcessorConfig
+from aimv2.pretrained import resized
 
 WITH_TEXT = (ZeroShot, Retrieval)
 POOLED = ("pooled", "grid")  # layers that every encoder has
@@ -65,7 +66,7 @@ class FrozenEvaluation:
         images = shortened(open_dataset(self.dataset, root=self.root), self.train, self.test)
         processing = ProcessorConfig.of_training(data, data.transform.image_size, patch_size)
         if data.native is not None:  # an evaluation takes all images at one size
-            processing = replace(processing, image_size=data.transform.image_size, resize="squash")
+            processing = resized(processing, data.transform.image_size)
         where = {"device": device, "rank": rank, "world_size": world_size}
 
         def evaluate(objective: nn.Module) -> dict[str, float]:

@@ -179,8 +179,8 @@ def open_lit(path: str, spec: str, image_size: int | None = None) -> TextImageMo
         raise ValueError(f"{spec} is {kind}, without a text tower: expected a model of images and text")
     vision, layout, prefix = checkpoint.vision()
     stored = checkpoint.processor_config(vision, layout)
-    native = {"image_size": vision.image_size, "resize": "squash"} if stored.resize == "native" else {}
-    processing = resized(replace(stored, **native), image_size)
+    size = vision.image_size if stored.resize == "native" and image_size is None else image_size
+    processing = resized(stored, size)
     model = checkpoint.read_whole(torch.float32)
     if image_size not in (None, vision.image_size):
         model.config = replace(config, vision=sized(vision, image_size, stored))
