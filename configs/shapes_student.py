@@ -13,8 +13,8 @@ from aimv2.train import TrainConfig
 def config() -> TrainConfig:
     run = load_config(Path(__file__).with_name("shapes_mixed.py"))
     run.out = "runs/shapes_student"
-    run.steps = 1500
-    size = {"width": 64, "depth": 2, "heads": 2, "mlp_hidden": 176}
+    run.steps = 2000
+    size = {"width": 96, "depth": 3, "heads": 3, "mlp_hidden": 256}
     run.data.transform = replace(run.data.transform, image_size=72)
     run.objective.vision = replace(run.objective.vision, image_size=72, **size)
     run.objective.decoder = replace(run.objective.decoder, **size)

@@ -44,7 +44,7 @@ LAYERS = [
         "tower",
     },
     {"engine", "checkpoint"},
-    {"train"},
+    {"train", "train_config", "preparation"},
     {""},  # the package itself, whose conveniences may load anything and which no module may use
 ]
 

@@ -91,3 +91,10 @@ def count_targets(batches: Sequence[Batch]) -> Tensor:
     patches = sum(int((b.patch_counts() - b.prefix_length).sum()) for b in batches)
     tokens = sum(int(b.text_length.sum()) for b in batches)
     return torch.tensor([patches, tokens, sum(map(len, batches))], dtype=torch.float64)
+
+
+def padding_share(batches: Sequence[Batch]) -> float | None:
+    """Share of the patches of these micro-batches that are padding; None if their images are no strips."""
+    if any(batch.grid is None for batch in batches):
+        return None
+    return 1 - sum(int(b.patch_counts().sum()) for b in batches) / sum(len(b) * b.num_patches for b in batches)

@@ -3,7 +3,7 @@ import pickle
 import pytest
 import torch
 
-from aimv2.data.batch import Batch, Replaced, count_targets
+from aimv2.data.batch import Batch, Replaced, count_targets, padding_share
 
 
 def make(prefix: list[int], lengths: list[int], num_patches: int = 16) -> Batch:
@@ -59,3 +59,13 @@ def test_pinned_batches_go_to_the_gpu():
     batch = make([1, 2], [1, 2]).pin_memory()
     assert batch.image.is_pinned()
     assert batch.to("cuda").text.device.type == "cuda"
+
+
+def test_padding_is_what_is_not_an_image():
+    strips = make([1, 1], [1, 1], num_patches=12)
+    strips.grid = torch.tensor([[3, 4], [2, 5]])
+    assert padding_share([strips]) == pytest.approx(2 / 24)
+    assert strips.real_patches().sum(dim=1).tolist() == [12, 10]
+    strips.grid = torch.tensor([[3, 4], [4, 3]])
+    assert padding_share([strips]) == 0
+    assert padding_share([make([1], [1])]) is None
