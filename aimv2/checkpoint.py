@@ -18,6 +18,7 @@ size and sha256 of each file. No pointer file can go wrong: a run goes on from t
 
 import contextlib
 import importlib.metadata
+import json
 import logging
 import os
 import random
@@ -129,6 +130,15 @@ def restore(
     if _rank() == 0:
         LOG.info("going on from %s", checkpoints / name)
     return TrainState(**contents["state"])
+
+
+def saved_fingerprints(folder: str | Path) -> dict[str, str] | None:
+    """What the newest checkpoint that says it was saved with; None if there is no checkpoint, and nothing to resume."""
+    steps = _steps(Path(folder) / "checkpoints")
+    for path in steps:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: `restore` will say so
+            return dict(json.loads((path / manifest.NAME).read_text())["fingerprints"])
+    return {} if steps else None
 
 
 def _begin(final: Path, temporary: Path) -> str:

@@ -8,6 +8,7 @@ from aimv2.weights import ModelError
 
 CLIP = "clip"  # what settings call this tokenizer
 VOCABULARY, EOS = 49408, 49407
+NO_TOKENIZER = "NoTokenizer"  # the class that a folder without one names
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _NAMES = {"<start_of_text>": _START, "<end_of_text>": _END}  # open_clip's and transformers'
 
@@ -27,7 +28,7 @@ def write_tokenizer(folder: Path, context_length: int | None) -> None:
         ModelError: without open_clip, whose vocabulary it is.
     """
     if context_length is None:
-        _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "NoTokenizer"})
+        _write_json(folder / "tokenizer_config.json", {"tokenizer_class": NO_TOKENIZER})
         return
     try:
         from open_clip.tokenizer import SimpleTokenizer

@@ -68,6 +68,35 @@ def from_json(cls: type, data: dict[str, Any]) -> Any:
     return _build(cls, data, "")
 
 
+def with_defaults(annotation: Any, data: Any) -> Any:
+    """JSON `data` of a dataclass, perhaps older than some of its fields, with their defaults; nothing is checked.
+
+    Without a "type" where several are possible, it is of the first: once there was no other.
+    """
+    choices = _choices(annotation)
+    if isinstance(data, list):
+        kinds = next((_item_types(choice, len(data)) for choice in choices if get_origin(choice) in (list, tuple)), ())
+        return [with_defaults(kind, item) for kind, item in zip(kinds, data, strict=True)] if kinds else data
+    declared = [choice for choice in choices if dataclasses.is_dataclass(choice)]
+    if not isinstance(data, dict) or not declared:
+        return data
+    if len(declared) > 1:
+        data = {"type": declared[0].__name__, **data}
+    try:
+        cls, values = _resolve(choices, data, "")
+    except ConfigError:
+        return data
+    hints = _hints(cls)
+    filled = {name: with_defaults(hints[name], item) if name in hints else item for name, item in data.items()}
+    for field in dataclasses.fields(cls):
+        if field.name in hints.keys() - values.keys():
+            if field.default_factory is not dataclasses.MISSING:
+                filled[field.name] = _plain(field.default_factory(), hints[field.name])
+            elif field.default is not dataclasses.MISSING:
+                filled[field.name] = _plain(field.default, hints[field.name])
+    return filled
+
+
 def compare_configs(saved: dict[str, Any], current: dict[str, Any], may_change: set[str]) -> list[str]:
     """Differences between two `to_json` results as lines "key: saved X, now Y".
 
@@ -113,22 +142,34 @@ def _set(config: Any, key: str, text: str) -> None:
     *parents, last = key.split(".")
     owner, annotation, path = config, type(config), ""
     for name in parents:
-        owner, annotation = _member(owner, annotation, name, path, key)
+        parent = owner
+        owner, annotation = _member(parent, annotation, name, path, key)
         path = _join(path, name)
-    value = _parse(_member(owner, annotation, last, path, key)[1], text, key)
+        declared = [choice for choice in _choices(annotation) if dataclasses.is_dataclass(choice)]
+        if owner is None and len(declared) == 1:
+            owner = {}  # which the rebuild makes what the annotation says
+            _put(parent, name, owner)
+        elif owner is None and declared:
+            names = ", ".join(cls.__name__ for choice in declared for cls in _family(choice))
+            raise ConfigError(f"unknown key {key}: {path} is None: expected {path}={{...}}, with a type of {names}")
+    _put(owner, last, _parse(_member(owner, annotation, last, path, key)[1], text, key))
+
+
+def _put(owner: Any, name: str, value: Any) -> None:
     if dataclasses.is_dataclass(owner):
-        object.__setattr__(owner, last, value)  # frozen ones too: the deep copy is ours
+        object.__setattr__(owner, name, value)  # frozen ones too: the deep copy is ours
     else:
-        owner[int(last) if isinstance(owner, list) else last] = value
+        owner[int(name) if isinstance(owner, list) else name] = value
 
 
 def _member(owner: Any, annotation: Any, name: str, path: str, key: str) -> tuple[Any, Any]:
     """(value, annotation) of the member `name` of `owner`, found at `path`; ConfigError listing what exists if none."""
     where = path or "the config"
-    if dataclasses.is_dataclass(owner):
-        hints = _hints(type(owner))
+    made = next(filter(dataclasses.is_dataclass, _choices(annotation)), None) if isinstance(owner, dict) else None
+    if dataclasses.is_dataclass(owner) or made:
+        hints = _hints(made or type(owner))
         if name in hints:
-            return getattr(owner, name), hints[name]
+            return owner.get(name) if made else getattr(owner, name), hints[name]
         close = difflib.get_close_matches(name, hints, n=1) or _find(owner, name)
         hint = f"did you mean {_join(path, close[0])}? " if close else ""
         raise ConfigError(f"unknown key {key}: {hint}{where} has {', '.join(hints)}")
@@ -144,10 +185,12 @@ def _member(owner: Any, annotation: Any, name: str, path: str, key: str) -> tupl
 def _find(owner: Any, name: str) -> list[str]:
     """Where there is a field called `name` in the dataclass `owner` or below."""
     places = []
+    if not dataclasses.is_dataclass(owner):
+        return places
     for field in _hints(type(owner)):
         child = getattr(owner, field)
         places += [field] if field == name else []
-        places += [f"{field}.{place}" for place in _find(child, name)] if dataclasses.is_dataclass(child) else []
+        places += [f"{field}.{place}" for place in _find(child, name)]
     return places
 
 

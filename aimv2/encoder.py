@@ -120,16 +120,22 @@ class VisionEncoder(nn.Module):
         mask: Tensor | None = None,
         *,
         grid: Tensor | None = None,
+        real: Tensor | None = None,
         output_hidden_states: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """(B, 3, H, W) -> (B, N, D) after the final norm; with `output_hidden_states` also each block's raw output.
 
         `mask`, boolean and broadcastable to (B, heads, N, N), is True where attention may look; None is everywhere,
-        as downstream. With `grid` (B, 2), rows and columns of patches, the images are strips as in `Batch`; then the
-        mask must hide padding from patches, which a prefix mask does. Raises ValueError for a size the patches or the
-        positions can't serve.
+        as downstream, but at padding. Images of several sizes are either strips as in `Batch`, with `grid` (B, 2),
+        their rows and columns of patches; or padded to one size, with `real` (B, N), True for an image's own patches,
+        its top left corner. A mask that is given must hide padding from patches, which a prefix mask does. Raises
+        ValueError for a size the patches or the positions can't serve.
         """
-        x = self.embed(image, grid)
+        x = self.embed(image, grid, real)
+        if mask is None and grid is not None:
+            mask = (torch.arange(x.shape[1], device=x.device) < grid.prod(dim=1)[:, None])[:, None, None]
+        elif mask is None and real is not None:  # where nothing is real all is looked at: a softmax over nothing is NaN
+            mask = (real | ~real.any(dim=1, keepdim=True))[:, None, None]  # (B, 1, 1, N): keys
         hidden_states = []
         for block in self.blocks:
             if self.config.checkpointing and torch.is_grad_enabled():
@@ -141,7 +147,7 @@ class VisionEncoder(nn.Module):
         x = self.norm(x)
         return (x, hidden_states) if output_hidden_states else x
 
-    def embed(self, image: Tensor, grid: Tensor | None = None) -> Tensor:
+    def embed(self, image: Tensor, grid: Tensor | None = None, real: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) -> (B, N, D), what the first block is given. Arguments and errors as `forward`."""
         p = self.config.patch_size
         height, width = image.shape[-2:]
@@ -155,8 +161,10 @@ class VisionEncoder(nn.Module):
         image = image.to(self.patch_embed.weight.dtype)  # batches are fp32, the weights may be bf16
         x = self.patch_embed(image).flatten(2).transpose(1, 2)  # (B, N, D)
         x = self.patch_norm(x)
-        if grid is None:
-            positions = self.positions(height // p, width // p, x.device)
-        else:
+        if grid is not None:
             positions = self.positions.of_grids(grid, width // p)
+        elif real is not None and self.config.positions == "interpolated":  # others don't depend on the canvas
+            positions = self.positions.of_canvas(real.unflatten(1, (height // p, width // p)))
+        else:
+            positions = self.positions(height // p, width // p, x.device)
         return x + positions.to(x)

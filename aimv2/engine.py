@@ -177,7 +177,10 @@ def look_ahead(engine: Engine, micro_batches: Sequence[Batch], counts: Counts) -
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """All weights of a module of the engine in fp32 on the CPU, gathered from all ranks, which all call it."""
+    """All weights of a module of the engine in fp32 on the CPU, gathered from all ranks, which all call it.
+
+    Frozen ones are what they were at the start on rank 0 alone; elsewhere they are as the engine rounded them.
+    """
     return {name: _whole(p).cpu() for name, p in module.named_parameters()}
 
 
@@ -185,10 +188,10 @@ def _whole(parameter: nn.Parameter) -> Tensor:
     """The optimizer's fp32 copy; of frozen parameters, which have none, on rank 0 what they were at the start."""
     if parameter.requires_grad:
         whole = safe_get_full_fp32_param(parameter)
-        return whole.reshape(()) if hasattr(parameter, "was_scalar") else whole
-    with deepspeed.zero.GatheredParameters(parameter):  # does nothing below ZeRO-3
-        found = parameter.detach().float().clone()
-    return getattr(parameter, "as_given", found)
+    else:
+        with deepspeed.zero.GatheredParameters(parameter):  # every rank takes part; does nothing below ZeRO-3
+            whole = parameter.as_given if hasattr(parameter, "as_given") else parameter.detach().float().clone()
+    return whole.reshape(()) if hasattr(parameter, "was_scalar") else whole
 
 
 def evaluation_model(engine: Engine, build: Callable[[], nn.Module]) -> nn.Module:

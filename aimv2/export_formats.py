@@ -19,6 +19,14 @@ def format_config(config: VisionConfig | LiTConfig, processing: ProcessorConfig,
     return _CONFIGS[format](config, processing)
 
 
+def format_processing(config: VisionConfig | LiTConfig, processing: ProcessorConfig) -> ProcessorConfig:
+    """For a format that is not ours: there a table of positions is for one size, to which images are squashed."""
+    vision = config.vision if isinstance(config, LiTConfig) else config
+    if processing.resize != "native" or vision.positions == "sincos":
+        return processing
+    return replace(processing, image_size=vision.image_size, resize="squash")
+
+
 def in_layout(state: Mapping[str, Tensor], config: VisionConfig | LiTConfig, format: str) -> dict[str, Tensor]:
     layout = LAYOUTS[format]
     names = layout.lit if isinstance(config, LiTConfig) else layout.vision

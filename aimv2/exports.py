@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from aimv2.clip_tokens import CLIP, EOS, VOCABULARY, are_clips, write_tokenizer
 from aimv2.config import from_json, to_json
 from aimv2.encoder import VisionConfig, VisionEncoder
-from aimv2.export_formats import FORMATS, format_config, in_layout
+from aimv2.export_formats import FORMATS, format_config, format_processing, in_layout
 from aimv2.features import FeatureEncoder
 from aimv2.layouts import misfits
 from aimv2.lit import LiT, LiTConfig
@@ -86,6 +86,7 @@ def export_model(
     if format == "ours":
         contents, theirs = {}, state
     else:
+        processing = format_processing(config, processing)
         contents, theirs = format_config(config, processing, format), in_layout(state, config, format)
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in theirs.items()}
     folder.parent.mkdir(parents=True, exist_ok=True)

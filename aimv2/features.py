@@ -100,8 +100,8 @@ class FeatureEncoder(nn.Module):
         """(B, 3, H, W), normalised as `processor` does -> (B, N, hidden_size), in the weights' dtype.
 
         Args:
-            mask: (B, N), True where a patch is real, for smaller images padded to a common size. Each gives what it
-                would alone; the padding's features are 0.
+            mask: (B, N), True where a patch is real, for smaller images at the top left of a common size. Each gives
+                what it would alone; the padding's features are 0.
             output_hidden_states: return also each block's raw output, up to the highest layer chosen.
 
         Raises:
@@ -109,14 +109,11 @@ class FeatureEncoder(nn.Module):
         """
         with torch.no_grad() if self.frozen else nullcontext():
             self._check(images, mask)
-            attention = None
-            if mask is not None:  # where nothing is real all is looked at, since a softmax over nothing is NaN
-                attention = (mask | ~mask.any(dim=1, keepdim=True))[:, None, None]  # (B, 1, 1, N): keys
             top = self.layers == (len(self.encoder.blocks) - 1,) and self.norm
             if top and not output_hidden_states:  # without keeping every block's output
-                features = self.encoder(images, attention)
+                features = self.encoder(images, real=mask)
             else:
-                features, hidden_states = self.encoder(images, attention, output_hidden_states=True)
+                features, hidden_states = self.encoder(images, real=mask, output_hidden_states=True)
             if not top:
                 chosen = [hidden_states[layer] for layer in self.layers]
                 chosen = [self.encoder.norm(states) for states in chosen] if self.norm else chosen

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from aimv2.masks import causal_mask
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class SwiGlu(nn.Module):
     """down(silu(gate x) * up x), without biases (AIMv2)."""
 

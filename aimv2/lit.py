@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aimv2.encoder import VisionConfig, VisionEncoder
-from aimv2.layers import AttentionPool
+from aimv2.layers import AttentionPool, at_least_fp32
 from aimv2.text_encoder import TextConfig, TextEncoder
 
 INITIAL_SCALE = 1 / 0.07
@@ -61,7 +61,7 @@ class LiT(nn.Module):
 
         `mask`, boolean (B, N), is True where a patch is real, for images that were padded to one size.
         """
-        patches = self.encoder(images, None if mask is None else mask[:, None, None])  # (B, N, D)
+        patches = self.encoder(images, real=mask)  # (B, N, D)
         return self.encode_patches(patches, normalize, mask)
 
     def encode_patches(self, patches: Tensor, normalize: bool = True, mask: Tensor | None = None) -> Tensor:
@@ -77,7 +77,7 @@ class LiT(nn.Module):
     @property
     def logit_scale(self) -> Tensor:
         """The LOGARITHM of the scale, clamped: open_clip's and transformers' users call `logit_scale.exp()`."""
-        return at_least_fp32(self.log_scale).reshape(()).clamp(0, math.log(MAX_SCALE))  # (1,) in training
+        return bounded(at_least_fp32(self.log_scale).reshape(()))  # (1,) in training
 
     @property
     def scale(self) -> Tensor:
@@ -101,8 +101,8 @@ class LiT(nn.Module):
         return logits, logits.T
 
 
-def at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def bounded(log_scale: Tensor) -> Tensor:
+    return log_scale.clamp(0, math.log(MAX_SCALE))
 
 
 def unit(x: Tensor) -> Tensor:

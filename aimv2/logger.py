@@ -70,6 +70,7 @@ class Logger:
         self._timed, self._paused, self._waited = 0, 0.0, 0.0  # steps and seconds since the last line
         self._images = 0  # since then
         self._replaced = 0  # samples since then
+        self._shares: dict[str, tuple[int, int]] = {}  # part and whole since the last line, this rank
         if wandb and importlib.util.find_spec("wandb") is None:
             raise ValueError(f"wandb={wandb!r} needs the package wandb, which is not installed")
         self._closers = contextlib.ExitStack()
@@ -130,12 +131,20 @@ class Logger:
             PACKAGE.info(text)
 
     def pending(self) -> dict[str, float]:
-        """The unfinished window, for the checkpoint: sums over steps and ranks, and "steps"; {} if none. Collective."""
+        """The unfinished window, for the checkpoint: sums over steps and ranks, and "steps"; {} if none. Collective.
+
+        Of a share NAME there are the sums "NAME/part" and "NAME/whole".
+        """
         return self._read()[0]
 
     def replaced(self, samples: int) -> None:
         """So many of this rank's samples could not be used, and others took their places."""
         self._replaced += samples
+
+    def share(self, name: str, part: int, whole: int) -> None:
+        """So much of this rank's `whole`; a line has the share over the steps since the one before and all ranks."""
+        parts, wholes = self._shares.get(name, (0, 0))
+        self._shares[name] = parts + part, wholes + whole
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -163,12 +172,15 @@ class Logger:
         on_cuda = dist.is_initialized() and dist.get_backend() == "nccl"
         device = next((value.device for value in self._sums.values()), torch.device("cuda" if on_cuda else "cpu"))
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        counts = torch.zeros(world + 1, dtype=torch.float64)
-        counts[rank], counts[world] = self._waited, self._replaced
+        shares = {}
+        for name, (part, whole) in self._shares.items():
+            shares |= {f"{name}/part": part, f"{name}/whole": whole}
+        counts = torch.tensor([*shares.values(), *[0.0] * (world + 1)], dtype=torch.float64)
+        counts[len(shares) + rank], counts[-1] = self._waited, self._replaced
         values = torch.cat([*(value.reshape(1) for value in self._sums.values()), counts.to(device)])
         if dist.is_initialized():
             dist.all_reduce(values)
-        sums = dict(zip(self._sums, values.tolist(), strict=False))
+        sums = dict(zip([*self._sums, *shares], values.tolist(), strict=False))
         totals = {name: self._carried.get(name, 0.0) + sums.get(name, 0.0) for name in self._carried | sums}
         totals["steps"] = self._carried.get("steps", 0) + self._losses
         totals = totals if totals["steps"] else {}
@@ -181,7 +193,9 @@ class Logger:
         elapsed = max(now - self._window - self._paused, 1e-9)
         count = totals.pop("steps", 0)
         line: dict[str, Any] = {"step": step, "time": now - self._begun}
-        line |= {name: total / count for name, total in totals.items()}
+        shares = [name.removesuffix("/part") for name in totals if name.endswith("/part")]
+        shares = {name: totals.pop(f"{name}/part") / max(totals.pop(f"{name}/whole"), 1) for name in shares}
+        line |= {name: total / count for name, total in totals.items()} | shares
         line |= {k: v if isinstance(v, int) else float(v) for k, v in scalars.items() if v is not None}
         line |= {"replaced": replaced} if replaced else {}
         line |= {"images_per_second": self._images / elapsed, "data_wait": max(waits) / elapsed}
@@ -194,7 +208,7 @@ class Logger:
         if self.rank == 0:
             self._write(line, {f"train/{name}": value for name, value in line.items() if name != "step"})
             self._show(line)
-        self._sums, self._carried, self._losses = {}, {}, 0
+        self._sums, self._carried, self._losses, self._shares = {}, {}, 0, {}
         self._window, self._timed, self._paused, self._waited = time.monotonic(), 0, 0.0, 0.0
         self._images = self._replaced = 0
 

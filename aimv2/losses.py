@@ -7,11 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aimv2.layers import at_least_fp32
 from aimv2.patches import normalize_patches, patchify
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def pixel(
@@ -23,8 +20,8 @@ def pixel(
     n - S carry loss, each predicted from the position before it. n is N, or given for each image by `patch_counts`
     (B,) where padding follows.
     """
-    target = normalize_patches(patchify(_at_least_fp32(image), patch_size))[:, 1:]  # (B, N-1, 3P^2)
-    error = (_at_least_fp32(pixels[:, :-1]) - target).square().mean(dim=-1)  # (B, N-1)
+    target = normalize_patches(patchify(at_least_fp32(image), patch_size))[:, 1:]  # (B, N-1, 3P^2)
+    error = (at_least_fp32(pixels[:, :-1]) - target).square().mean(dim=-1)  # (B, N-1)
     return _supervised(error, prefix_length, patch_counts)
 
 
@@ -44,7 +41,7 @@ def caption(logits: Tensor, text: Tensor, text_length: Tensor) -> Tensor:
     """
     position = torch.arange(text.shape[1], device=text.device)
     target = text.masked_fill(position >= text_length[:, None], -100)
-    return F.cross_entropy(_at_least_fp32(logits).flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum")
+    return F.cross_entropy(at_least_fp32(logits).flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum")
 
 
 def contrastive(image_logits: Tensor, text_logits: Tensor, own: Tensor) -> Tensor:
@@ -53,8 +50,8 @@ def contrastive(image_logits: Tensor, text_logits: Tensor, own: Tensor) -> Tenso
     image_logits (n, M): of n images against all captions; text_logits (n, M): of their captions against all images;
     own (n,): which candidate is the pair's.
     """
-    by_image = F.cross_entropy(_at_least_fp32(image_logits), own, reduction="sum")
-    return (by_image + F.cross_entropy(_at_least_fp32(text_logits), own, reduction="sum")) / 2
+    by_image = F.cross_entropy(at_least_fp32(image_logits), own, reduction="sum")
+    return (by_image + F.cross_entropy(at_least_fp32(text_logits), own, reduction="sum")) / 2
 
 
 def sigmoid_contrastive(image_logits: Tensor, own: Tensor) -> Tensor:
@@ -62,7 +59,7 @@ def sigmoid_contrastive(image_logits: Tensor, own: Tensor) -> Tensor:
 
     Arguments as `contrastive`.
     """
-    logits = _at_least_fp32(image_logits)
+    logits = at_least_fp32(image_logits)
     belongs = torch.arange(logits.shape[1], device=logits.device) == own[:, None]
     return -F.logsigmoid(torch.where(belongs, logits, -logits)).sum()
 
@@ -73,8 +70,8 @@ def features(predicted: Tensor, target: Tensor, patch_counts: Tensor | None = No
     predicted and target (B, N, D). A target has its own mean and deviation over D taken out, as patches have in
     `pixel`: a teacher's scale, which its weights alone decide, becomes 1. n is N, or `patch_counts` (B,).
     """
-    target = F.layer_norm(_at_least_fp32(target), target.shape[-1:])
-    error = (_at_least_fp32(predicted) - target).square().mean(dim=-1)  # (B, N)
+    target = F.layer_norm(at_least_fp32(target), target.shape[-1:])
+    error = (at_least_fp32(predicted) - target).square().mean(dim=-1)  # (B, N)
     if patch_counts is None:
         return error.mean(dim=1).sum()
     padding = torch.arange(error.shape[1], device=error.device) >= patch_counts[:, None]
@@ -85,7 +82,7 @@ def teacher_pixel(
     pixels: Tensor, teacher_pixels: Tensor, prefix_length: Tensor, patch_counts: Tensor | None = None
 ) -> Tensor:
     """`pixel` with a teacher's predictions (B, N, 3P^2), shifted like the student's, in the place of the image."""
-    error = (_at_least_fp32(pixels[:, :-1]) - _at_least_fp32(teacher_pixels[:, :-1])).square().mean(dim=-1)
+    error = (at_least_fp32(pixels[:, :-1]) - at_least_fp32(teacher_pixels[:, :-1])).square().mean(dim=-1)
     return _supervised(error, prefix_length, patch_counts)
 
 
@@ -94,7 +91,7 @@ def teacher_caption(logits: Tensor, teacher_logits: Tensor, text_length: Tensor)
 
     Both logits (B, T, V); text_length (B,).
     """
-    student, teacher = (_at_least_fp32(x).log_softmax(dim=-1) for x in (logits, teacher_logits))
+    student, teacher = (at_least_fp32(x).log_softmax(dim=-1) for x in (logits, teacher_logits))
     divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(dim=-1)  # (B, T)
     padding = torch.arange(logits.shape[1], device=logits.device) >= text_length[:, None]
     return divergence.masked_fill(padding, 0.0).sum()

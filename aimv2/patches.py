@@ -1,6 +1,6 @@
 """Images as sequences of patches, in raster order, for any grid of h x w patches.
 
-B images, H x W pixels, P patch side, h x w patches, N = h*w.
+B images, H x W pixels, P patch side, h x w or r x c patches, N = h*w.
 """
 
 import torch
@@ -26,6 +26,17 @@ def patchify(image: Tensor, patch_size: int) -> Tensor:
 def unpatchify(patches: Tensor, height: int, width: int, patch_size: int) -> Tensor:
     """(B, h*w, P*P*3) -> (B, 3, h*P, w*P), the inverse of `patchify` for a grid of `height` x `width` patches."""
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=patch_size, q=patch_size)
+
+
+def to_strip(image: Tensor, patch_size: int) -> Tensor:
+    """(..., r P, c P) -> (..., P, r c P): the patches side by side in raster order."""
+    return rearrange(image, "... (r p) (c q) -> ... p (r c q)", p=patch_size, q=patch_size)
+
+
+def from_strip(strip: Tensor, rows: int, columns: int, patch_size: int) -> Tensor:
+    """(..., P, N P) -> (..., r P, c P), the inverse of `to_strip`; what is behind the r c patches is padding."""
+    own = strip[..., : rows * columns * patch_size]
+    return rearrange(own, "... p (r c q) -> ... (r p) (c q)", r=rows, c=columns, q=patch_size)
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

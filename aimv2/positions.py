@@ -1,7 +1,7 @@
 """Positions of patches on their grid: (h, w, device) -> (h*w, D). They check the grid, not the count of patches.
 
 `of_grids` gives them to a batch of strips, images of different grids as rows of patches: B images, N patches of the
-longest, `grids` (B, 2) their rows and columns.
+longest, `grids` (B, 2) their rows and columns; `InterpolatedPositions.of_canvas` to images that are padded to one size.
 """
 
 import torch
@@ -13,7 +13,8 @@ def resize_positions(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, 
     """(1, h*w, D) -> (1, h'*w', D): bicubic, anti-aliased where it shrinks, with the corners of the images aligned."""
     if grid == new_grid:
         return table
-    image = table.float().unflatten(1, grid).permute(0, 3, 1, 2)  # (1, D, h, w)
+    image = table.to(torch.promote_types(table.dtype, torch.float32)).unflatten(1, grid)
+    image = image.permute(0, 3, 1, 2)  # (1, D, h, w)
     image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True, align_corners=False)
     return image.flatten(2).transpose(1, 2).contiguous().to(table.dtype)
 
@@ -40,13 +41,10 @@ class LearnedPositions(nn.Module):
         return self.weight[0]
 
     def of_grids(self, grids: Tensor, n: int) -> Tensor:
-        """(B, N, D), each image's own and then zeros; raises ValueError for a grid that isn't served or doesn't fit."""
-        rows = [tuple(grid) for grid in grids.tolist()]
-        for height, width in rows:
-            if height * width > n:
-                raise ValueError(f"grid of {height}x{width} patches in a strip of {n}")
-        tables = {grid: F.pad(self(*grid), (0, 0, 0, n - grid[0] * grid[1])) for grid in set(rows)}
-        return torch.stack([tables[grid] for grid in rows])
+        """(B, N, D), each image's own and then zeros; raises ValueError for another grid than the table's."""
+        _check_fit(grids, n)
+        table, *_ = [self(*grid) for grid in set(map(tuple, grids.tolist()))]  # it is one, or an error
+        return F.pad(table, (0, 0, 0, n - len(table))).expand(len(grids), -1, -1)
 
 
 class InterpolatedPositions(LearnedPositions):
@@ -55,6 +53,55 @@ class InterpolatedPositions(LearnedPositions):
     def forward(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
         """(h*w, D), where the parameter lives, for any grid."""
         return resize_positions(self.weight, self.grid, (height, width))[0]
+
+    def of_grids(self, grids: Tensor, n: int) -> Tensor:
+        """(B, N, D), each image's own, to rounding as `forward`; behind its patches those of the last row.
+
+        Raises ValueError for a grid that doesn't fit.
+        """
+        _check_fit(grids, n)
+        patch = torch.arange(n, device=grids.device)
+        return self._at(patch // grids[:, 1:], patch % grids[:, 1:], grids)
+
+    def of_canvas(self, real: Tensor) -> Tensor:
+        """(B, h*w, D) for smaller images on a canvas of h x w patches, `real` (B, h, w) where they are.
+
+        An image reaches from the top left to its last row and column; if there is none, over the whole canvas.
+        """
+        height, width = real.shape[1:]
+        row, column = torch.arange(height, device=real.device), torch.arange(width, device=real.device)
+        rows, columns = real.any(dim=2) * (row + 1), real.any(dim=1) * (column + 1)  # (B, h), (B, w)
+        grids = torch.stack([rows.amax(dim=1), columns.amax(dim=1)], dim=1)
+        grids = torch.where(grids > 0, grids, torch.tensor([height, width], device=real.device))
+        shape = len(real), height * width
+        return self._at(row.repeat_interleave(width).expand(shape), column.repeat(height).expand(shape), grids)
+
+    def _at(self, row: Tensor, column: Tensor, grids: Tensor) -> Tensor:
+        """Rows and columns (B, N) of images of `grids` -> (B, N, D).
+
+        The module is called once, with its own grid: under ZeRO-3 a call is a collective, and ranks have unlike grids.
+        """
+        table = self(*self.grid)
+        table = table.to(torch.promote_types(table.dtype, torch.float32))  # (h*w, D)
+        weights = [
+            bicubic_weights(place, size, source).to(table)
+            for place, size, source in zip((row, column), grids.T, self.grid, strict=True)
+        ]
+        return torch.einsum("bni,bnj->bnij", *weights).flatten(2) @ table
+
+
+def bicubic_weights(place: Tensor, size: Tensor, source: int) -> Tensor:
+    """Shares (B, N, source) that cells of a source have in cells `place` (B, N) of its resizing to `size` (B,).
+
+    As `resize_positions` along one side. Cells beyond the last are as the last.
+    """
+    scale = (source / size.double())[:, None]  # (B, 1)
+    centre = (torch.minimum(place, size[:, None] - 1) + 0.5) * scale
+    cells = torch.arange(source, device=place.device) + 0.5
+    x = ((cells - centre[..., None]) / scale.clamp(min=1)[..., None]).abs()  # wider where it shrinks: anti-aliasing
+    near, far = (1.5 * x - 2.5) * x**2 + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2  # Keys' cubic, a = -0.5
+    shares = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    return shares / shares.sum(dim=-1, keepdim=True)
 
 
 class SinCosPositions(nn.Module):
@@ -76,7 +123,8 @@ class SinCosPositions(nn.Module):
         return self._at(row, column, max(height, width))
 
     def of_grids(self, grids: Tensor, n: int) -> Tensor:
-        """(B, N, D), each image's own; behind its patches its grid goes on."""
+        """(B, N, D), each image's own; behind its patches its grid goes on. Raises ValueError as `_check_fit`."""
+        _check_fit(grids, n)
         columns = grids[:, 1:]  # (B, 1)
         patch = torch.arange(n, device=grids.device)
         return self._at(patch // columns, patch % columns, n)
@@ -89,3 +137,12 @@ class SinCosPositions(nn.Module):
         angle = place[:, None] * frequency  # (length, D/4)
         table = torch.cat([angle.sin(), angle.cos()], dim=1)
         return torch.cat([table[column], table[row]], dim=-1)
+
+
+def _check_fit(grids: Tensor, n: int) -> None:
+    """Raises ValueError for a grid of more than `n` patches or of none, where asking doesn't wait for a device."""
+    if grids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    counts = grids.prod(dim=1)
+    if bad := grids[(counts > n) | (counts < 1)].tolist():
+        raise ValueError(f"grid of {bad[0][0]}x{bad[0][1]} patches in a strip of {n}")

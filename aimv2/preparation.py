@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from aimv2.checkpoint import TrainState
-from aimv2.config import ConfigError, compare_configs, to_json
+from aimv2.checkpoint import TrainState, saved_fingerprints
+from aimv2.config import ConfigError, compare_configs, to_json, with_defaults
 from aimv2.data.fingerprints import DataFingerprints
 from aimv2.data.loader import DataConfig, SampleLoader, train_loader
 from aimv2.data.native import patch_budget
@@ -22,8 +22,9 @@ from aimv2.data.shards import ensure_indices, expand_shards
 from aimv2.data.tokenizer import Tokenizer, open_tokenizer
 from aimv2.evals.validation import ValidationLoss
 from aimv2.flops import peak_flops
-from aimv2.init_from import load_initial
+from aimv2.init_from import check_initial, load_initial
 from aimv2.logger import Logger
+from aimv2.ranks import together
 from aimv2.train_config import EvalConfig, TrainConfig
 from aimv2.whole_files import write_json
 
@@ -60,7 +61,7 @@ def prepare_run(config: TrainConfig) -> None:
     metrics = path.with_name("metrics.jsonl")
     begun = any(path.parent.glob("checkpoints/step_*")) or (metrics.exists() and metrics.stat().st_size > 0)
     if path.exists() and begun:
-        saved = json.loads(path.read_text())
+        saved = with_defaults(TrainConfig, json.loads(path.read_text()))
         if differences := compare_configs(saved, to_json(config), MAY_CHANGE_ON_RESUME):
             raise ConfigError(f"{config.out} is the folder of another run: {'; '.join(differences)}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,16 +96,53 @@ def load_tokenizer(config: TrainConfig) -> Tokenizer:
     return tokenizer
 
 
+def kept_digest(config: TrainConfig) -> str | None:
+    """Of the initial weights of a run that goes on and needs them no more; None if they are to be read.
+
+    A checkpoint has all weights but those of a locked tower.
+    """
+    if getattr(config.objective, "needs_weights", False):
+        return None
+    return (saved_fingerprints(config.out) or {}).get("init_from")
+
+
+def check_sources(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Open, and download, the models that the run is given, and make sure that they fit. For rank 0, before any work.
+
+    Raises ModelError or ConfigError.
+    """
+    if hasattr(config.objective, "check_sources"):
+        config.objective.check_sources(config.data)
+    if config.init_from is not None and kept_digest(config) is None:
+        check_initial(config.objective, config.init_from, **_given(config, tokenizer))
+
+
 def build_model(config: TrainConfig, tokenizer: Tokenizer) -> tuple[nn.Module, dict[str, str]]:
     """The objective with its initial weights, and fingerprints of what it was given besides its config.
 
-    They are loaded when a run goes on, too: checkpoints leave out what is frozen.
+    Rank 0 alone reads the weights: DeepSpeed begins by giving its own to the others. A rank that fails ends all.
     """
-    model = config.objective.build()
-    given = model.fingerprints() if hasattr(model, "fingerprints") else {}
-    if config.init_from is not None:
-        given["init_from"] = load_initial(model, config.init_from, tokenizer_sha256=tokenizer.fingerprint)
-    return model, given
+    built = []
+
+    def build() -> None:
+        model = config.objective.build()
+        built.append((model, model.fingerprints() if hasattr(model, "fingerprints") else {}))
+
+    def load() -> str | None:
+        if config.init_from is None:
+            return None
+        kept = kept_digest(config)
+        return kept or load_initial(model, config.objective, config.init_from, **_given(config, tokenizer))
+
+    together(build)
+    [(model, given)] = built
+    digest = together(load if dist.get_rank() == 0 else None)[0]
+    return model, given | ({} if digest is None else {"init_from": digest})
+
+
+def _given(config: TrainConfig, tokenizer: Tokenizer) -> dict:
+    """What weights have to fit besides the objective."""
+    return {"tokenizer_sha256": tokenizer.fingerprint, "transform": config.data.transform}
 
 
 def fingerprints_of(
@@ -142,6 +180,8 @@ def open_evaluation(config: TrainConfig, settings: EvalConfig, device: torch.dev
 def open_logger(config: TrainConfig, state: TrainState, device: torch.device) -> Logger:
     """The run's log; where the device's data sheet is known, also of its MFU, with captions as long as the context."""
     peak = peak_flops(device, torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
+    if config.data.native is not None:  # images of other sizes, and other numbers of them, than flops are counted for
+        peak = None
     return Logger(
         config.out,
         steps=config.steps,

@@ -53,8 +53,9 @@ def load_encoder(
         norm: apply the encoder's final norm to it.
         combine: of several layers: "concat" (along D, in the order given) or "mean".
         image_size: None: the checkpoint's own. Another number of pixels: learned positions are interpolated once
-            (bicubic, anti-aliased). "native": any size and shape that the patches divide; learned positions are then
-            interpolated for each.
+            (bicubic, anti-aliased), fixed ones laid over the range that they were trained on (of AIM v1 too; a native
+            model's run on). "native": any size and shape that the patches divide; learned positions are then
+            interpolated for each, fixed ones run on.
         dtype: of the weights; None: as stored.
         frozen: no gradients, and eval mode whatever `train()` is told.
         checkpointing: recompute each block in the backward pass.

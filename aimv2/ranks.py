@@ -1,8 +1,40 @@
 """What the processes of one run say to each other."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+class PeerError(ValueError):
+    """What another rank could not do; the message names it."""
+
+
+def together(work: Callable[[], T] | None) -> list[T | None]:
+    """Run `work`, if this rank has any, and gather the results of all ranks. All call it.
+
+    An error is raised on all, so that no rank goes on alone: a rank's own as it is, that of another as PeerError.
+    """
+    result, error = None, None
+    try:
+        result = work() if work is not None else None
+    except Exception as e:
+        error = e
+    outcome = (result, None if error is None else str(error) or type(error).__name__)
+    outcomes = [outcome]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        outcomes = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, outcome)
+    if error is not None:
+        raise error
+    for rank, (_, said) in enumerate(outcomes):
+        if said is not None:
+            raise PeerError(f"rank {rank}: {said}")
+    return [result for result, _ in outcomes]
 
 
 def sum_over_ranks(sums: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from aimv2.checkpoint import TrainState, restore, save
 from aimv2.config import to_json
-from aimv2.data.batch import Batch, padding_share
+from aimv2.data.batch import Batch, count_padding
 from aimv2.data.tokenizer import Tokenizer
 from aimv2.engine import (
     Engine,
@@ -33,6 +33,7 @@ from aimv2.logger import Logger, logging_to
 from aimv2.preparation import (
     build_model,
     check_ranks_agree,
+    check_sources,
     fingerprints_of,
     load_tokenizer,
     open_evaluation,
@@ -42,6 +43,7 @@ from aimv2.preparation import (
     prepare_run,
 )
 from aimv2.preprocessing import ProcessorConfig
+from aimv2.ranks import together
 from aimv2.train_config import TrainConfig
 
 __all__ = ["TrainConfig", "TrainingError", "train"]
@@ -69,10 +71,10 @@ def train(config: TrainConfig) -> TrainState:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     config.engine.accumulation(world_size)  # a batch that doesn't divide is refused before anything is written
     tokenizer = load_tokenizer(config)
+    on_rank_zero(lambda: check_sources(config, tokenizer))
     on_rank_zero(lambda: prepare_run(config))
     with logging_to(config.out, rank):
         on_rank_zero(lambda: prepare_data(config.data))
-        limit_waiting()
         return run(config, tokenizer, device)
 
 
@@ -81,6 +83,9 @@ def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Trai
     torch.manual_seed(config.seed)
     model, given = build_model(config, tokenizer)
     engine = build_engine(model, config.optim, config.engine)
+    if hasattr(model, "prepare"):  # a teacher, to where the engine has put the model
+        together(lambda: model.prepare(config.data))
+    limit_waiting()  # data and weights, which take long, are there
     fingerprints = fingerprints_of(config, tokenizer, given)
     check_ranks_agree({"config": json.dumps(to_json(config)), **fingerprints(sys.maxsize)})
     state = restore(engine, config.out, fingerprints=fingerprints) or TrainState()
@@ -107,8 +112,9 @@ def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Trai
             images = loader.order.samples((state.step - 1) * config.engine.micro_batches, config.engine.micro_batches)
             state.sample += images
             norm = engine.get_global_grad_norm()
-            told = {"skipped": state.skipped or None, "padding": padding_share(micro_batches)}
-            log.step(state.step, images=images, lr=lr, grad_norm=norm, **told)
+            if config.data.native is not None:
+                log.share("padding", *count_padding(micro_batches))
+            log.step(state.step, images=images, lr=lr, grad_norm=norm, skipped=state.skipped or None)
             for settings, evaluate in evals:
                 if due(state.step, settings.every, config.steps):
                     with log.paused():

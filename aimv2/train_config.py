@@ -42,6 +42,15 @@ class TrainConfig:
                 f"init_from is None, but {type(self.objective).__name__} trains on top of a trained image tower: "
                 "expected init_from.source, an export or another checkpoint of one"
             )
+        cache = getattr(self.objective, "feature_cache", 0)
+        if cache and self.engine.zero_stage == 3:  # a rank that knows all its images would miss the others' gathers
+            raise ValueError(
+                f"objective.feature_cache {cache:g} with engine.zero_stage 3, at which all ranks must run the image "
+                "tower together: expected feature_cache 0, or stage 1 or 2"
+            )
+        fewest, name = getattr(self.objective, "least_batch", 1), type(self.objective).__name__
+        if self.engine.batch_size < fewest:
+            raise ValueError(f"engine.batch_size {self.engine.batch_size}: expected {fewest} or more with {name}")
         if self.data.validation is None and not all(isinstance(e, FrozenEvaluation) for e in self.evals):
             raise ValueError("data.validation is None, but evals need it: expected a source, or no evals")
         names = [e.name for e in self.evals]
@@ -50,6 +59,8 @@ class TrainConfig:
         for e in self.evals:
             if isinstance(e, ShapesCaptions) and not hasattr(self.objective, "decoder"):
                 raise ValueError(f"evals: {e.name} needs a decoder, which {type(self.objective).__name__} has not")
+            if isinstance(e, ShapesCaptions):
+                e.check(self.objective.vision)
             if isinstance(e, FrozenEvaluation):
                 e.check(self.objective.vision.depth, has_text=hasattr(self.objective, "text"))
         least = {"steps": 1, "save_every": 1, "log_every": 1, "seed": 0, "keep": 2}  # one checkpoint may be damaged

@@ -12,9 +12,9 @@ From the paper: starting from 224 px, 2 billion pairs of the same pool without t
 
 Nobody published the rest; these are our choices, the same for all sizes:
 - Batch 8192 as in pre-training, so 244,000 steps.
-- Peak learning rate a tenth of pre-training's, which had ended at a hundredth of it: enough to go on learning, and far
-  from what would undo what is there. Warm-up for 2,500 steps, 1 % as in pre-training, because the optimizer's moments
-  begin anew; cosine to a hundredth of the peak, as there.
+- Peak learning rate a tenth of pre-training's: enough to go on learning, and far from what would undo what is there.
+  Warm-up for 2,500 steps, 1 %, because the optimizer's moments begin anew; cosine to a hundredth of the peak: 1e-6 for
+  L, 8e-7 for H and 1B, 4e-7 for 3B, where pre-training had ended at 1e-5 for all of them.
 - Positions are interpolated once, when the weights are loaded (bicubic, anti-aliased), and learned from there on.
 - Encoder and decoder both go on; crops, flips and the weight of the pixels are pre-training's.
 
@@ -22,8 +22,8 @@ Expected: 87.6 after the paper's data.
 
 Data and tokenizer are those of configs/aimv2_large.py: here DFN's and COYO's alt-texts, 76.9 % and 23.1 %, as 0.30 and
 0.09 are to each other in the paper. The micro-batch holds about as many tokens as there. Another model to start from is
-`init_from.source=...`, for instance the hub's `aimv2-large-patch14-224` with `init_from.parts=[encoder]`, which has no
-decoder.
+`init_from.source=...`, for instance the hub's `aimv2-large-patch14-224`, which has no decoder and wants images
+normalised as CLIP's: `init_from.parts=[encoder]`, and `data.transform.mean` and `.std` as the error without them says.
 """
 
 from pathlib import Path

@@ -6,15 +6,18 @@ Not run. The paper (AIMv2, arXiv 2411.14402) has distilled models, but neither t
 than 86.6, ImageNet-1k, attentive probe, top-1, which the paper has for the same model without a teacher.
 
 All of it is our choice:
-- What is learned from the teacher, and why, is in `aimv2/objectives/distill.py` and docs/post-training.md.
+- What is learned from the teacher are its features under the student's prefix mask; why, and what else there is, is in
+  docs/post-training.md.
 - The student starts from the model of configs/aimv2_large.py and sees 2 billion pairs, as many as the paper gives to a
   higher resolution: from nothing, the teacher's forward pass would have to be paid for 12 billion.
 - Data, batch and weight decay of pre-training, synthetic captions included: that is what the teacher knows best. The
   peak learning rate is a fifth of pre-training's, twice that of a higher resolution, for features have to move.
 - Nothing is compiled: with a teacher that has not been tried.
 
-Data and tokenizer are those of configs/aimv2_large.py. Student and teacher must have the same tokenizer. The
-micro-batch is halved for the teacher's sake.
+Data and tokenizer are those of configs/aimv2_large.py. The micro-batch is halved for the teacher's sake. An encoder is
+enough of a teacher: `objective.teacher=aimv2-3B-patch14-224` is Apple's, which expects CLIP's mean and std
+(`data.transform.mean=...`, `data.transform.std=...`). With `objective.prediction_weight` over 0 the teacher needs a
+decoder, and the student's tokenizer.
 """
 
 from pathlib import Path

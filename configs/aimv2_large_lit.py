@@ -11,9 +11,12 @@ width 768, 12 layers and 6 heads, with CLIP's byte pairs and 77 tokens; projecti
 
 Nobody published the rest; these are our choices:
 - Optimizer: AdamW, peak 1e-3, betas (0.9, 0.95), torch's weight decay 0.2, as Apple's code has it for a CLIP with the
-  same text tower. Neither norms, positions and biases decay nor the scale and the pool's query.
+  same text tower; cosine to 1e-5 and gradients clipped at 1.0, as in pre-training. Norms, positions, biases, the scale
+  and the pool's query do not decay.
 - Batch 16,384, twice that of pre-training: every caption more is a negative more. So 183,000 steps, the first 2,000 of
-  them warm-up. The gradient is that of the whole batch, for any number of ranks and micro-batches.
+  them warm-up. The gradient is that of the whole batch, for any number of ranks and micro-batches; with 256 to a
+  micro-batch, 64 ranks at most.
+- Validation compares within 128 pairs, the share of each of 64 ranks: the same curve for that many or fewer.
 - Softmax over the batch; `objective.loss=sigmoid` is SigLIP's.
 - Alt-texts only, which have the names of things that zero-shot classes are called by; crops and flips of pre-training.
 - Nothing is compiled: with negatives from other micro-batches that has not been tried.
@@ -50,7 +53,7 @@ def config() -> TrainConfig:
         decoupled=False,
         no_decay=run.optim.no_decay + r"|log_scale$|query$",
     )
-    run.engine.batch_size, run.engine.micro_batch = 16_384, 512
+    run.engine.batch_size, run.engine.micro_batch = 16_384, 256
     run.engine.compile = False
-    run.evals = [ValidationLoss(every=5_000, samples=8_192, batch_size=512)]
+    run.evals = [ValidationLoss(every=5_000, samples=8_192, batch_size=128)]
     return run

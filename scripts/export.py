@@ -4,10 +4,11 @@
     python scripts/export.py apple/aimv2-large-patch14-336 /models/aimv2-timm --format timm
 
 SOURCE is whatever `aimv2.load_encoder` takes but `random:`. `ours` keeps everything; `apple` and `transformers` have
-encoders and LiT models, `timm` encoders. Of an AIMv2 model they get the encoder, without its decoder. A LiT model with
-CLIP's tokens is whole in `transformers`: AutoModel and AutoProcessor open it; one with other tokens has no tokenizer
-there. OUT is written at once or not at all, and read back before it is there. The preprocessing of Apple's and
-transformers' layouts rounds half a pixel of the centre crop down, ours and timm's to even.
+encoders and LiT models, `timm` encoders. Of an AIMv2 model they get the encoder, without its decoder; of any model
+`--part encoder` writes that alone. A LiT model with CLIP's tokens is whole in `transformers`: AutoModel and
+AutoProcessor open it; one with other tokens has no tokenizer there. OUT is written at once or not at all, and read back
+before it is there. The preprocessing of Apple's and transformers' layouts rounds half a pixel of the centre crop down,
+ours and timm's to even.
 """
 
 import argparse
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--format", choices=FORMATS, default="ours")
+    parser.add_argument("--part", choices=("whole", "encoder"), default="whole", help="of the model (whole)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (as they are)")
     parser.add_argument("--revision", help="of a repository of the hub")
     parser.add_argument("--name", help="in the model card (the name of OUT)")
@@ -37,15 +39,18 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         checkpoint = open_checkpoint(arguments.source, revision=arguments.revision)
-        model = checkpoint.read_whole()
-        vision, layout, _ = checkpoint.vision()
+        vision, layout, prefix = checkpoint.vision()
+        if arguments.part == "encoder":
+            model, tokenizer = checkpoint.read_vision(vision, vision, layout, prefix, None), None
+        else:
+            model, tokenizer = checkpoint.read_whole(), tokenizer_of(checkpoint)
         folder = export_model(
             model,
             arguments.out,
             config=model.config,
             processing=checkpoint.processor_config(vision, layout),
             format=arguments.format,
-            tokenizer=tokenizer_of(checkpoint),
+            tokenizer=tokenizer,
             metadata=checkpoint.config.get("metadata"),
             dtype=DTYPES.get(arguments.dtype),
             card=Card(

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 from processes import ROOT, SCRIPT, TINY_RUN, finish, nothing, start, train
 
+from aimv2.config import load_config
 from aimv2.data.shapes import captions, scene
 from aimv2.data.tokenizer import Tokenizer, train_tokenizer
+from aimv2.exports import export_model
+from aimv2.preprocessing import ProcessorConfig
 
 
 def run(arguments, tmp_path, ranks=1, sabotage=nothing):
@@ -106,6 +109,74 @@ def test_config_file(tmp_path, text, words):
     assert codes == [1]
     assert len(lines) == 1 and lines[0].startswith("error: ") and str(path) in lines[0], lines
     assert words in lines[0].lower()
+
+
+# -- After pre-training ------------------------------------------------------------------------------------------------
+
+NATIVE, DISTILLED, LIT = (Path(__file__).with_name(f"tiny_{name}.py") for name in ("native", "distilled", "lit"))
+ON_A_MODEL = {  # EXPORT is one of the tiny run's model, COARSE one of larger patches
+    "learned positions in a native run": (
+        NATIVE,
+        ["init_from.source=EXPORT", "init_from.positions=interpolate"],
+        "has learned positions, for 48 px, but the run's are fixed ('sincos'): init_from.positions=replace drops",
+    ),
+    "a locked tower of new positions": (
+        LIT,
+        ["init_from.source=EXPORT", "init_from.positions=replace"],
+        "init_from.positions=replace: a locked tower would never learn the new ones",
+    ),
+    "images normalised otherwise": (
+        LIT,
+        ["init_from.source=EXPORT", "data.transform.mean=[0.5,0.5,0.5]"],
+        "expected data.transform.mean=[0.485,0.456,0.406] data.transform.std=[0.229,0.224,0.225]",
+    ),
+    "no tower": (LIT, ["init_from=none"], "trains on top of a trained image tower: expected init_from.source"),
+    "a run's folder": (LIT, ["init_from.source=RUN"], "RUN: expected model.safetensors"),
+    "text": (
+        LIT,
+        ["init_from.source=EXPORT", "objective.model.text.context_length=20"],
+        "data.context_length 32 is more than objective.model.text.context_length 20",
+    ),
+    "a teacher's patches": (
+        DISTILLED,
+        [
+            "objective.teacher=COARSE",
+            "objective.features=prefix",
+            "objective.teacher_image_size=48",
+            "data.transform.image_size=48",
+        ],
+        "sees 2x2 patches in 48 px, the student 3x3, but objective.features=prefix compares them one by one",
+    ),
+    "no teacher": (DISTILLED, ["objective.teacher=/nowhere"], "/nowhere: no such file or folder"),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    """Placeholder -> folder."""
+    out = tmp_path_factory.mktemp("models")
+    for name, patch_size in (("EXPORT", 16), ("COARSE", 24)):
+        config = load_config(TINY_RUN, [f"objective.vision.patch_size={patch_size}"])
+        processing = ProcessorConfig.of_training(config.data, 48, patch_size)
+        model = config.objective.build()
+        tokenizer = ROOT / "tokenizers" / "shapes"
+        export_model(model, out / name / "export", config=model.config, processing=processing, tokenizer=tokenizer)
+    return {"EXPORT": f"{out}/EXPORT/export", "COARSE": f"{out}/COARSE/export", "RUN": f"{out}/EXPORT"}
+
+
+@pytest.mark.parametrize(
+    ("mistake", "ranks"), [*((mistake, 1) for mistake in ON_A_MODEL), ("learned positions in a native run", 2)]
+)
+def test_mistake_on_a_model(tiny_run, models, tmp_path, mistake, ranks):
+    config, changes, words = ON_A_MODEL[mistake]
+    for placeholder, folder in models.items():
+        changes = [change.replace(placeholder, folder) for change in changes]
+        words = words.replace(placeholder, folder)
+    codes, lines = run(tiny_run(tmp_path / "run", *changes, config=config), tmp_path, ranks=ranks)
+    assert codes == [1] * ranks
+    assert len(lines) == ranks and lines[0].startswith("error: "), lines
+    assert words in lines[0]
+    assert not (tmp_path / "run").exists()
 
 
 # -- Going on from what does not fit -----------------------------------------------------------------------------------

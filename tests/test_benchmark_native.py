@@ -48,18 +48,18 @@ def test_packing_gives_the_gradients_of_strips(native, config, seed):
 
 
 def test_padding_is_what_is_not_an_image_or_a_caption(native, config):
-    batch = native.native_batch(config, area=24, budget=72)
-    batch = replace(batch, grid=torch.tensor([[4, 6], [2, 6], [5, 4]]), text_length=torch.tensor([4, 1, 10]))
-    batch = replace(batch, num_patches=24, text=torch.zeros(3, 10, dtype=torch.long))
+    sizes = torch.tensor([[4, 6], [2, 6], [5, 4]]), torch.tensor([4, 1, 10])
     # 24, 12 and 20 patches of 3 x 24; 15 tokens of 3 x 10
-    assert native.padding(batch) == pytest.approx((16 / 72, 31 / 102))
+    assert native.padding([sizes]) == pytest.approx((16 / 72, 31 / 102))
+    another = torch.tensor([[1, 4], [2, 1]]), torch.tensor([5, 3])  # 6 patches of 2 x 4, 8 tokens of 2 x 5
+    assert native.padding([sizes, another]) == pytest.approx((18 / 80, 35 / 120))
 
 
 def test_images_are_of_many_shapes_and_nearly_fill_their_area(native, config):
     batch = native.native_batch(config, area=1024, budget=1024 * 40)
     rows, columns = batch.grid.T
     assert (columns > rows).sum() > 8 and (rows > columns).sum() > 8
-    assert (batch.patch_counts() <= 1024).all() and native.padding(batch)[0] < 0.05
+    assert (batch.patch_counts() <= 1024).all() and native.padding([(batch.grid, batch.text_length)])[0] < 0.05
     assert (batch.prefix_length >= 1).all() and (batch.prefix_length < batch.patch_counts()).all()
     behind = batch.image.unflatten(3, (-1, 2)).permute(0, 3, 1, 2, 4)[~batch.real_patches()]
     assert len(behind) and (behind == 0).all()

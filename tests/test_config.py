@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import math
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aimv2.config import ConfigError, compare_configs, from_json, load_config, to_json
+from aimv2.config import ConfigError, compare_configs, from_json, load_config, to_json, with_defaults
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,6 +66,7 @@ class Run:
     every: int | str = 10
     out: Path = Path("runs")
     rates: dict[str, float] = field(default_factory=dict)
+    other: Pixels | Contrast | None = None
 
 
 PARENT = """
@@ -158,6 +160,12 @@ def test_what_has_fields_is_set_as_json(file):
     assert load_config(file, ["train=[]"]).train == []
 
 
+def test_what_is_none_is_made_where_its_fields_are_set(file):
+    assert load_config(file, ["validation.name=v", "validation.weight=2"]).validation == Source(name="v", weight=2.0)
+    assert load_config(file, ["validation.weight=2", "validation.name=v"]).validation == Source(name="v", weight=2.0)
+    assert load_config(file, ["validation.name=v", "validation=none"]).validation is None
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -166,7 +174,11 @@ def test_what_has_fields_is_set_as_json(file):
         ("pixel_weight=1", "unknown key pixel_weight: did you mean objective.pixel_weight? the config has steps"),
         ("objective.visionn=1", "did you mean objective.vision? objective has vision, pixel_weight"),
         ("steps.x=1", "unknown key steps.x: steps is 10 and has no fields"),
-        ("validation.name=x", "unknown key validation.name: validation is None and has no fields"),
+        ("project.name=x", "unknown key project.name: project is None and has no fields"),
+        ("validation.nam=x", "unknown key validation.nam: did you mean validation.name? validation has name, weight"),
+        ("validation.weight=2", "validation.name is missing: Source needs it"),
+        ("other.temperature=1", "unknown key other.temperature: other is None: expected other={...}, with a type of "),
+        ("other.temperature=1", "type of Pixels, Masked, Contrast"),
         ("train.2.name=x", "unknown key train.2.name: train is a list of 2, counted from 0"),
         ("train.-1.name=x", "train is a list of 2, counted from 0"),
         ("steps=0.5", "steps: expected int, got '0.5'"),
@@ -400,6 +412,25 @@ def test_differences_are_named():
         "objective.temperature: saved absent, now 0.07",
     ]
     assert compare_configs(saved, current, {"steps", "objective", "crop", "names"}) == []
+
+
+def test_what_was_saved_before_a_field_was_added_has_its_default():
+    current = to_json(Run(steps=1, validation=Source(name="v"), other=Masked()))
+    saved = copy.deepcopy(current)
+    del saved["rates"], saved["limit"], saved["objective"]["vision"]["patch_size"], saved["other"]["ratio"]
+    del saved["train"][1]["weight"], saved["validation"]["weight"]
+    assert len(compare_configs(saved, current, set())) == 6
+    assert with_defaults(Run, saved) == current
+    del saved["objective"]["type"]  # when there were no others
+    assert with_defaults(Run, saved) == current
+    saved["objective"]["vision"]["image_size"] = 225  # no place to be checked
+    assert compare_configs(with_defaults(Run, saved), current, set()) == [
+        "objective.vision.image_size: saved 225, now 224"
+    ]
+    for key, value in (("gone", {"x": 1}), ("steps", None), ("objective", {"type": "Gone"}), ("train", {"a": []})):
+        damaged = saved | {key: value}
+        assert with_defaults(Run, damaged)[key] == value  # for the comparison to name
+    assert "steps: saved absent, now 1" in compare_configs(with_defaults(Run, {}), current, set())
 
 
 def test_what_may_change_excuses_no_neighbour():

@@ -215,8 +215,9 @@ def test_native_resolution():
     """128 to 4096 patches in fixed positions; the pairs of its steps, by the definition of the areas."""
     run = load("aimv2_large_native")
     assert (run.data.native.min_patches, run.data.native.max_patches) == (2**7, 2**12)
+    assert run.data.native.shared_by * run.engine.micro_batch == run.engine.batch_size  # a step is of one area
     assert run.objective.vision.positions == "sincos" and run.init_from.positions == "replace"
-    assert run.data.transform.crop_scale is None
+    assert run.data.transform.crop_scale is None and not run.data.pad_text_to_context
     assert (shares(run), run.optim.weight_decay) == (ALT_TEXTS, 0)
     x = torch.linspace(-1, 1, 100_001, dtype=torch.float64)
     likely = torch.exp(-(x**2) / 2)

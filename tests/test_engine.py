@@ -228,7 +228,7 @@ def evaluate_on_one_rank(zero, precision):
     if dist.get_rank() == 0:  # the others don't take part: it must be whole
         batch = whole_batch(7)
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        one = Counts.of(torch.ones(3))
+        one = Counts.of(torch.ones(4))
         plain = MODEL.build()
         plain.load_state_dict(weights)
         with torch.no_grad():
@@ -257,7 +257,7 @@ def agree():
 
     parts = my_part(whole_batch(3))
     counts, expected = global_counts(parts, torch.device("cpu")), count_targets([whole_batch(3)])
-    assert [counts.patches, counts.tokens, counts.samples] == expected.tolist()
+    assert [counts.patches, counts.tokens, counts.samples, counts.captions] == expected.tolist()
     for part in parts:
         part.text_length.zero_()
     assert global_counts(parts, torch.device("cpu")).tokens == 1  # no captions anywhere: divided by one, not by zero
@@ -280,6 +280,21 @@ def wait_in_vain():
 
 def test_waiting_is_limited(tmp_path):
     run(tmp_path, wait_in_vain, ranks=2)
+
+
+def test_frozen_scalars_come_out_as_they_went_in():
+    module = torch.nn.Module()
+    for name, as_given in (("on_rank_0", True), ("elsewhere", False)):
+        parameter = torch.nn.Parameter(torch.tensor([2.5]), requires_grad=False)  # as build_engine leaves it
+        parameter.was_scalar = True
+        if as_given:
+            parameter.as_given = torch.tensor([2.625])
+        setattr(module, name, parameter)
+    found = full_state_dict(module)
+    assert {name: (value.shape, value.item()) for name, value in found.items()} == {
+        "on_rank_0": ((), 2.625),
+        "elsewhere": ((), 2.5),
+    }
 
 
 def start_alone():

@@ -49,6 +49,19 @@ def test_lit_in_another_type(export, tmp_path):
     assert load_model(tmp_path / "out").text_projection.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("format", ["ours", "apple", "transformers", "timm"])
+def test_a_towers_encoder_alone(export, tmp_path, format):
+    lit = random_lit()
+    source = export_model(lit, tmp_path / "source", config=LIT, processing=PROCESSING)
+    code, said = export(source, tmp_path / "out", "--format", format, "--part", "encoder")
+    assert code == 0 and "VisionEncoder of" in said, said
+    found = load_encoder(tmp_path / "out")
+    assert found.processor.config.crop_pct == PROCESSING.crop_pct
+    assert {k: v.tolist() for k, v in found.encoder.state_dict().items()} == {
+        k: v.tolist() for k, v in lit.encoder.state_dict().items()
+    }
+
+
 def test_ours_keeps_everything(export, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"pieces")
     source = export_model(

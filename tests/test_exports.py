@@ -13,7 +13,7 @@ from aimv2.decoder import DecoderConfig
 from aimv2.encoder import VisionConfig
 from aimv2.exports import FORMATS, Card, export_model, read_export_config
 from aimv2.objectives.aimv2 import AIMv2Config
-from aimv2.preprocessing import ProcessorConfig
+from aimv2.preprocessing import RESIZES, ProcessorConfig
 from aimv2.pretrained import load_encoder, load_model
 from aimv2.weights import ModelError
 
@@ -81,6 +81,23 @@ def test_encoders_there_and_back(tmp_path, format, config, dtype):
 def transformers_rounding(processing: ProcessorConfig) -> ProcessorConfig:
     """A preprocessor_config.json means transformers' rounding of the crop."""
     return ProcessorConfig.from_transformers(processing.to_transformers(), processing.patch_size)
+
+
+@pytest.mark.parametrize("format", ["apple", "transformers", "timm"])
+def test_an_interpolated_table_is_for_squares_elsewhere(tmp_path, format):
+    """Trained at native resolution. Ours keeps that."""
+    config = replace(V2, positions="interpolated")
+    encoder = random_encoder(config)
+    settings = {"config": config, "processing": ANY_SIZE}
+    loaded = load_encoder(export_model(encoder, tmp_path / format, format=format, **settings))
+    prepared = loaded.processor.config
+    assert (prepared.image_size, prepared.resize, loaded.config.positions) == (56, "squash", "learned")
+    assert f"| preprocessing | 56 px, {RESIZES['squash']}, " in (tmp_path / format / "README.md").read_text()
+    image = torch.randint(0, 256, (3, 70, 41), dtype=torch.uint8)
+    ours = load_encoder(export_model(encoder, tmp_path / "ours", **settings))
+    assert ours.processor.config == ANY_SIZE
+    at_size = load_encoder(tmp_path / "ours", image_size=56)
+    assert torch.equal(loaded(loaded.processor(image).pixel_values), at_size(at_size.processor(image).pixel_values))
 
 
 @pytest.mark.parametrize("format", ["ours", "apple", "transformers"])

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import NATIVE, V2, random_encoder
@@ -78,10 +80,13 @@ def test_unfrozen_trains():
     assert not without
 
 
+@pytest.mark.parametrize("positions", ["sincos", "interpolated"])
 @torch.no_grad()
-def test_padded_images_give_what_they_give_alone():
+def test_padded_images_give_what_they_give_alone(positions):
     """Rectangles of three sizes in one batch. Another attention kernel, with a mask: fp32 rounding."""
-    model = features_of(NATIVE, layers=(0, 2))
+    model = features_of(replace(NATIVE, positions=positions, image_size=56), layers=(0, 2))
+    if positions == "interpolated":
+        torch.nn.init.normal_(model.encoder.positions.weight)  # as large as the patches
     sizes = [(56, 28), (14, 70), (28, 42)]
     images = [torch.randn(3, *size) for size in sizes]
     padded, mask = torch.full((3, 3, 56, 70), 5.0), torch.zeros(3, 4, 5, dtype=torch.bool)
@@ -115,10 +120,11 @@ def test_bytes_are_no_images():
         features_of()(torch.zeros(1, 3, 56, 56, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("positions", ["learned", "interpolated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_image_that_is_all_padding(dtype):
+def test_an_image_that_is_all_padding(dtype, positions):
     """As a dummy sample has it: features of 0, and nobody's gradient is spoilt."""
-    model = features_of(frozen=False).to(dtype)
+    model = features_of(replace(V2, positions=positions), frozen=False).to(dtype)
     mask = torch.ones(2, 16, dtype=torch.bool)
     mask[1] = False
     features = model(IMAGES, mask)

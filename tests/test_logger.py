@@ -90,6 +90,15 @@ def test_samples_that_were_replaced_are_counted_between_lines(open_logger, tmp_p
     assert [line.get("replaced") for line in lines] == [4, None, 2]
 
 
+def test_a_share_is_that_of_all_steps_since_the_line_before(open_logger, tmp_path):
+    log = open_logger(every=2, steps=4)
+    for step, (part, whole) in enumerate([(1, 100), (2, 2), (0, 5), (0, 0)], start=1):
+        log.share("padding", part, whole)
+        train(log, [step])
+    lines, _ = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["padding"] for line in lines] == [3 / 102, 0]
+
+
 def test_every_digit_is_kept(open_logger, tmp_path):
     values = [0.1 + 0.2, 1 / 3, 5e-324, 1.7976931348623157e308]
     log = open_logger(every=1, steps=4)
@@ -181,6 +190,7 @@ def test_a_resumed_file_equals_an_undisturbed_one_but_for_times(tmp_path, stop):
 
     def evaluate(log, steps):
         for step in steps:
+            log.share("padding", step**2 % 7, 10 + step)
             train(log, [step])
             if step % 5 == 0:
                 log.evaluation(step, "validation", {"loss": 1 / step})
@@ -236,6 +246,7 @@ def two_ranks(rank, folder, rendezvous):
     log = Logger(folder, steps=4, batch_size=8, every=2, tensorboard=False, rank=rank)
     for step in range(1, 5):
         log.add(losses(step, rank))
+        log.share("padding", rank, 3)
         if rank == 1:
             log._waited += 3600.0  # far more than rank 0 can wait
         log.step(step)
@@ -253,6 +264,7 @@ def test_losses_are_summed_over_ranks_and_rank_0_writes(tmp_path):
     for line, steps in zip(lines, ([1, 2], [3, 4]), strict=True):
         assert line["loss"] == sum(losses(s, r)["loss"].double().item() for s in steps for r in range(2)) / 2
         assert line["data_wait_rank"] == 1
+        assert line["padding"] == 2 / 12
     assert len(evaluations) == 1
 
 

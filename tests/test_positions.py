@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from aimv2.positions import InterpolatedPositions, LearnedPositions, SinCosPositions
+from aimv2.positions import InterpolatedPositions, LearnedPositions, SinCosPositions, bicubic_weights
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (16, 16), (3, 7), (64, 2)])
@@ -75,7 +75,8 @@ def test_each_strip_has_the_positions_of_its_own_grid(positions, n):
     found = positions.of_grids(torch.tensor(GRIDS), n)
     assert found.shape == (5, n, 8) and found.isfinite().all()
     for row, (height, width) in zip(found, GRIDS, strict=True):
-        assert torch.equal(row[: height * width], positions(height, width))
+        # fp32: weights of two sides multiplied at once, and not side by side
+        torch.testing.assert_close(row[: height * width], positions(height, width), rtol=0, atol=1e-7)
 
 
 def test_a_learned_table_of_strips_gets_the_gradient_of_all():
@@ -90,6 +91,42 @@ def test_learned_positions_refuse_a_strip_of_another_grid(grid):
         LearnedPositions((2, 3), 8).of_grids(torch.tensor([(2, 3), grid]), 16)
 
 
-def test_a_grid_that_does_not_fit_its_strip_is_refused():
-    with pytest.raises(ValueError, match="2x3 patches in a strip of 5"):
-        InterpolatedPositions((2, 3), 8).of_grids(torch.tensor([(2, 3)]), 5)
+@pytest.mark.parametrize("positions", [SinCosPositions(8), InterpolatedPositions((2, 3), 8)])
+@pytest.mark.parametrize("grid", [(2, 3), (0, 4)])
+def test_a_grid_that_does_not_fit_its_strip_is_refused(positions, grid):
+    with pytest.raises(ValueError, match=f"{grid[0]}x{grid[1]} patches in a strip of 5"):
+        positions.of_grids(torch.tensor([(1, 5), grid]), 5)
+
+
+@pytest.mark.parametrize("positions", [LearnedPositions((2, 3), 8), InterpolatedPositions((2, 3), 8)])
+def test_a_table_is_called_once_for_all_strips(positions):
+    """Under ZeRO-3 every call gathers the table, which all ranks must do equally often, whatever their grids."""
+    calls = []
+    positions.register_forward_hook(lambda *_: calls.append(1))
+    grids = GRIDS if isinstance(positions, InterpolatedPositions) else [(2, 3)] * 2
+    positions.of_grids(torch.tensor(grids), 8)
+    assert len(calls) == 1
+
+
+def test_positions_on_a_canvas_are_those_of_each_image():
+    positions = InterpolatedPositions((3, 2), 8)
+    positions.double()
+    real = torch.zeros(len(GRIDS) + 1, 4, 6, dtype=torch.bool)
+    for canvas, (height, width) in zip(real, GRIDS, strict=False):
+        canvas[:height, :width] = True
+    real[2, 1, 0] = False  # a hole
+    found = positions.of_canvas(real).unflatten(1, (4, 6))
+    for canvas, (height, width) in zip(found, GRIDS, strict=False):
+        torch.testing.assert_close(canvas[:height, :width].flatten(0, 1), positions(height, width), rtol=0, atol=1e-14)
+    torch.testing.assert_close(found[-1].flatten(0, 1), positions(4, 6), rtol=0, atol=1e-14)  # nothing there
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 9, 16, 23])
+def test_weights_are_those_of_resizing(size):
+    """Against torch, which resizes the unit vectors; its own size is left as it is."""
+    unit = torch.eye(8, dtype=torch.float64)[None, None]  # (1, 1, from, cells)
+    expected = torch.nn.functional.interpolate(unit, size=(8, size), mode="bicubic", antialias=True)[0, 0].T
+    found = bicubic_weights(torch.arange(size + 2)[None], torch.tensor([size]), 8)[0]
+    torch.testing.assert_close(found[:size], expected, rtol=0, atol=1e-12)
+    assert torch.equal(found[size:], found[size - 1 : size].expand(2, -1))
+    assert size != 8 or torch.equal(found[:8], unit[0, 0])

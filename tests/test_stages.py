@@ -1,11 +1,12 @@
 """What comes after pre-training runs in the same loop: native resolution, distillation and LiT, each from an export.
 
-Each must end, killed and started again, as if nothing had happened: their sources are read again, frozen weights are in
-no checkpoint, and native micro-batches differ in their number of samples.
+Each must end, killed and started again, as if nothing had happened: frozen weights are in no checkpoint, teachers are
+read again and other sources aren't, and native micro-batches differ in their number of samples.
 """
 
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
@@ -125,3 +126,75 @@ def test_another_source_is_another_run(stage, source, tmp_path, name, key):
     codes, said = run(command, tmp_path)
     assert codes == [1]
     assert f"the {key} changed" in said
+
+
+def test_a_source_that_is_gone(stage, source, tmp_path):
+    """A checkpoint has all weights where none are frozen: a run goes on without what it began with."""
+    moved = tmp_path / "moved"
+    shutil.copytree(source, moved)
+    command = stage("native", tmp_path / "run", f"init_from.source={moved}", "evals=[]")
+    codes, said = run([*command, "steps=3"], tmp_path)
+    assert codes == [0], said
+    assert f"starting from the encoder and decoder of {moved}" in said
+    shutil.rmtree(moved)
+    codes, said = run([*command, "steps=6"], tmp_path)
+    assert codes == [0], said
+    assert "going on from" in said and "starting from" not in said
+    manifests = [out / "MANIFEST.json" for out in sorted((tmp_path / "run" / "checkpoints").glob("step_*"))]
+    assert [json.loads(path.read_text())["state"]["step"] for path in manifests] == [3, 6]
+    assert len({json.loads(path.read_text())["fingerprints"]["init_from"] for path in manifests}) == 1
+
+
+def only_rank_zero_reads():
+    import aimv2.preparation
+
+    def load_initial(*args, **kwargs):
+        raise AssertionError("another rank than 0 read the source")
+
+    if os.environ["RANK"] != "0":
+        aimv2.preparation.load_initial = load_initial
+
+
+@pytest.mark.parametrize(
+    ("name", "zero"),
+    [("lit", 3), *(pytest.param("lit", zero, marks=pytest.mark.slow) for zero in (1, 2))],
+)
+def test_rank_zero_reads_for_all(stage, source, tmp_path, name, zero):
+    """The others get the weights from it, frozen ones too: the losses are those of a single rank."""
+    losses = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        command = stage(name, out, "evals=[]", "steps=2", f"engine.zero_stage={zero}")
+        codes, said = run(command, tmp_path, only_rank_zero_reads, ranks=ranks)
+        assert codes == [0] * ranks, said
+        losses.append([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def one_rank_has_no_teacher():
+    import aimv2.objectives.distill
+    from aimv2.weights import ModelError
+
+    def fingerprint(checkpoint):
+        raise ModelError("not mounted here")
+
+    if os.environ["RANK"] == "1":
+        aimv2.objectives.distill.fingerprint = fingerprint
+
+
+def test_one_rank_has_no_teacher(stage, tmp_path):
+    """It ends at once, and says why on rank 0, which is heard."""
+    codes, said = run(stage("distilled", tmp_path / "run"), tmp_path, one_rank_has_no_teacher, ranks=2)
+    assert codes == [1, 1]
+    assert said.splitlines()[-2:] == ["error: rank 1: not mounted here", "error on rank 1: not mounted here"]
+
+
+def test_sources_are_opened_before_anything_is_written(stage, tmp_path):
+    """Writing or indexing data may take hours."""
+    for name in STAGES:
+        data, out = tmp_path / f"{name}_data", tmp_path / name
+        place = f"data.made_by.folder={data}", f"data.train.0.shards={data}/train-*.tar"
+        codes, said = run(stage(name, out, f"{STAGES[name][1]}={tmp_path}/nowhere", *place), tmp_path)
+        assert codes == [1]
+        assert said.splitlines() == [f"error: {tmp_path}/nowhere: no such file or folder"]
+        assert not data.exists() and not out.exists()

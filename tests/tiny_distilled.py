@@ -16,8 +16,7 @@ def config() -> TrainConfig:
         student=run.objective,
         teacher="runs/tiny/export",
         teacher_image_size=TEACHER_SIZE,
-        features="full",
-        prediction_weight=0.0,
+        features="full",  # its grid is another
     )
     run.data.transform = replace(run.data.transform, image_size=TEACHER_SIZE)
     return run

@@ -75,26 +75,27 @@ class Counts:
     patches: Tensor  # () sum of n - prefix_length, at least 1
     tokens: Tensor  # () sum of text_length, at least 1
     samples: Tensor  # (), at least 1
+    captions: Tensor  # () samples with a caption, at least 1
 
     @classmethod
     def of(cls, totals: Tensor) -> Self:
-        """From the (3,) sums of `count_targets`; at least 1 each, so that a loss over nothing is finite."""
-        patches, tokens, samples = totals.clamp(min=1).unbind()
-        return cls(patches=patches, tokens=tokens, samples=samples)
+        """From the (4,) sums of `count_targets`; at least 1 each, so that a loss over nothing is finite."""
+        patches, tokens, samples, captions = totals.clamp(min=1).unbind()
+        return cls(patches=patches, tokens=tokens, samples=samples, captions=captions)
 
 
 def count_targets(batches: Sequence[Batch]) -> Tensor:
-    """(3,) float64 [patches, tokens, samples] of these micro-batches on this rank: before any reduction, not clamped.
+    """(4,) float64 [patches, tokens, samples, captions] of a rank's micro-batches: before any reduction, not clamped.
 
     float64 counts exactly up to 2^53 and every backend reduces it.
     """
     patches = sum(int((b.patch_counts() - b.prefix_length).sum()) for b in batches)
     tokens = sum(int(b.text_length.sum()) for b in batches)
-    return torch.tensor([patches, tokens, sum(map(len, batches))], dtype=torch.float64)
+    captions = sum(int((b.text_length > 0).sum()) for b in batches)
+    return torch.tensor([patches, tokens, sum(map(len, batches)), captions], dtype=torch.float64)
 
 
-def padding_share(batches: Sequence[Batch]) -> float | None:
-    """Share of the patches of these micro-batches that are padding; None if their images are no strips."""
-    if any(batch.grid is None for batch in batches):
-        return None
-    return 1 - sum(int(b.patch_counts().sum()) for b in batches) / sum(len(b) * b.num_patches for b in batches)
+def count_padding(batches: Sequence[Batch]) -> tuple[int, int]:
+    """Of the patches of these micro-batches, those that are padding, and all."""
+    patches = sum(len(b) * b.num_patches for b in batches)
+    return patches - sum(int(b.patch_counts().sum()) for b in batches), patches

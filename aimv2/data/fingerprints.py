@@ -68,7 +68,9 @@ def _native(config: NativeConfig, budget: int) -> str:
     areas = [order.area(m) for m in (0, 1, 12_345, 10**9)]
     grids = [area_grid(*size, area) for area in areas for size in ((480, 640), (333, 333), (1000, 100))]
     drawn = hashlib.sha256(repr((areas, grids)).encode()).hexdigest()
-    return f"{config.min_patches} to {config.max_patches} patches an image, {budget} a micro-batch; {drawn[:16]}"
+    words = f"{config.min_patches} to {config.max_patches} patches an image, {budget} a micro-batch"
+    shared = f", {config.shared_by} of one area" if config.shared_by > 1 else ""
+    return f"{words}{shared}; {drawn[:16]}"
 
 
 def _digest_of(position: int, source: Source, remote: RemoteFiles | None) -> str:

@@ -12,18 +12,23 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from einops import rearrange
-from torch import Tensor
 
 
 @dataclass(slots=True, kw_only=True)
 class NativeConfig:
-    """Areas of the micro-batches. The defaults are AIMv2's (paper, native resolution)."""
+    """Areas of the micro-batches. The defaults are AIMv2's (paper, native resolution).
+
+    Micro-batches of unlike areas have as many patches but, for attention and captions, some take half as long again as
+    others. Ranks that work on them at once wait for the longest; with `shared_by` a multiple of the ranks they don't.
+    """
 
     min_patches: int = 128
     max_patches: int = 4096
+    shared_by: int = 1  # micro-batches, counted over all ranks, that have one area
 
     def __post_init__(self):
+        if self.shared_by < 1:
+            raise ValueError(f"shared_by {self.shared_by}: expected 1 or more")
         if not 2 <= self.min_patches <= self.max_patches <= 1 << 20:
             raise ValueError(
                 f"min_patches {self.min_patches}, max_patches {self.max_patches}: expected 2 <= min <= max <= 2^20"
@@ -47,6 +52,9 @@ def area_grid(height: int, width: int, area: int) -> tuple[int, int]:
 
     Of all such grids it is the one that holds the image largest with its aspect ratio kept; the image is then stretched
     to fill it. Of two that are as good, the one of more patches.
+
+    `processor.native_grid` is for one image by itself, which keeps its size where the limits allow it; here all images
+    of a micro-batch are brought to one area, so that they have nearly as many patches.
     """
     # At A patches the image would be r* x c* with r*^2 = A height / width, and fits in r x c at the scale
     # min(r / r*, c / c*), which is in proportion to min(r width, c height). The best has one side next to its ideal.
@@ -54,17 +62,6 @@ def area_grid(height: int, width: int, area: int) -> tuple[int, int]:
     sides = [min(max(side, 1), area) for side in (rows, rows + 1, columns, columns + 1)]
     grids = [(side, area // side) for side in sides[:2]] + [(area // side, side) for side in sides[2:]]
     return max(grids, key=lambda grid: (min(grid[0] * width, grid[1] * height), grid[0] * grid[1], grid))
-
-
-def to_strip(image: Tensor, patch_size: int) -> Tensor:
-    """(..., r P, c P) -> (..., P, r c P): the patches side by side in raster order."""
-    return rearrange(image, "... (r p) (c q) -> ... p (r c q)", p=patch_size, q=patch_size)
-
-
-def from_strip(strip: Tensor, rows: int, columns: int, patch_size: int) -> Tensor:
-    """(..., P, N P) -> (..., r P, c P), the inverse of `to_strip`; what is behind the r c patches is padding."""
-    own = strip[..., : rows * columns * patch_size]
-    return rearrange(own, "... p (r c q) -> ... (r p) (c q)", r=rows, c=columns, q=patch_size)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,7 +82,8 @@ class NativeOrder:
 
     def area(self, m: int) -> int:
         """A = 2^n, rounded; n is a normal variable cut off at one deviation, mapped to the limits' logarithms."""
-        return _area(self.seed, m, self.config.min_patches, self.config.max_patches)
+        c = self.config
+        return _area(self.seed, m // c.shared_by, c.min_patches, c.max_patches)
 
     def samples(self, first_batch: int, number: int) -> int:
         """How many samples are in micro-batches first_batch, ..., first_batch + number - 1."""

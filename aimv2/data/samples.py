@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from aimv2.data.batch import Batch, Replaced
 from aimv2.data.images import BadImage
 from aimv2.data.mixture import Mixture, MixtureChange, Source, weights_over_time
-from aimv2.data.native import SizedSample, to_strip
+from aimv2.data.native import SizedSample
 from aimv2.data.remote import RemoteConfig, RemoteFiles
 from aimv2.data.shards import IMAGE_EXTENSIONS, DamagedMember, Sample, ShardError, Shards, expand_shards
 from aimv2.data.tokenizer import Tokenizer, clean_caption
@@ -28,6 +28,7 @@ from aimv2.data.transforms import (
     training_image,
     validation_image,
 )
+from aimv2.patches import to_strip
 
 MOST_ATTEMPTS = 8  # at replacing one sample
 

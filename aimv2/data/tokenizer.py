@@ -113,7 +113,8 @@ class ClipTokenizer:
         except ImportError as error:
             raise ImportError('CLIP\'s tokens need open_clip: pip install "aimv2[eval]"') from error
         self._model = tokenizer.SimpleTokenizer()
-        self._unsplit = dict(self._model.cache)  # SOT and EOS
+        cache = getattr(self._model, "cache", None)  # {word: its pieces}, in the versions that have it
+        self._unsplit = dict(cache) if isinstance(cache, dict) else None  # SOT and EOS
         self.fingerprint = hashlib.sha256(gzip.decompress(Path(tokenizer.default_bpe()).read_bytes())).hexdigest()
         self.vocab_size = self._model.vocab_size
         self.sot_id, self.eos_id = self._model.sot_token_id, self._model.eot_token_id
@@ -133,7 +134,8 @@ class ClipTokenizer:
         if not text:
             return []
         ids = [i for i in self._model.encode(text) if i not in (self.sot_id, self.eos_id)]
-        if len(self._model.cache) > MOST_WORDS:  # it would keep every word of billions of captions
+        # It would keep every word of billions of captions.
+        if self._unsplit is not None and len(self._model.cache) > MOST_WORDS:
             self._model.cache = dict(self._unsplit)
         return [*[self.sot_id, *ids][: limit - 1], self.eos_id]
 
@@ -146,7 +148,10 @@ class ClipTokenizer:
 
 
 def open_tokenizer(name: str | Path) -> Tokenizer | ClipTokenizer:
-    """The tokenizer of a run: "clip", or the path of a sentencepiece model as `Tokenizer` takes it."""
+    """The tokenizer of a run: "clip", or the path of a sentencepiece model as `Tokenizer` takes it.
+
+    A folder of that name is "./clip".
+    """
     return ClipTokenizer() if name == CLIP else Tokenizer(name)
 
 

@@ -32,7 +32,7 @@ from aimv2.pretrained import load_configs, open_checkpoint
 
 KEPT = "@native"  # behind a model's path
 
-# Width over height: equal shares of the mixed world, whose aspects are log-uniform from 1/2 to 2.
+# Width over height: thirds of the aspects from 1/2 to 2 on a logarithmic scale, as those of the mixed world are drawn.
 ASPECTS = {
     "tall": (0.0, 2 ** (-1 / 3)),
     "squarish": (2 ** (-1 / 3), 2 ** (1 / 3)),
@@ -199,7 +199,7 @@ def _write(
             for row, ids, length in zip(batch.sample.tolist(), written, batch.patch_counts().tolist(), strict=True):
                 if row not in unread:
                     tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
-                lengths[row] = length
+                lengths[row] = length  # of an image that can't be read: of the one in its place
             bar.update(len(batch))
     rows = session.sum(tokens).tolist()
     return [tokenizer.decode([token - 1 for token in row if token]) for row in rows], session.sum(lengths)

@@ -33,7 +33,8 @@ class FrozenEvaluation:
     """A protocol on a dataset; every rank takes its share of the images.
 
     Zero-shot classification and retrieval need an objective with a text tower. Images are prepared as the run's own are
-    for validation. Nothing is kept on disk.
+    for validation, but squashed to one size at native resolution, where the run's keep their aspect ratio. Nothing is
+    kept on disk.
     """
 
     protocol: AttentiveProbe | LinearProbe | FewShot | KNN | PatchProbe | ZeroShot | Retrieval

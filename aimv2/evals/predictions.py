@@ -17,16 +17,15 @@ from torch import Tensor
 from aimv2.clip_tokens import CLIP
 from aimv2.data.batch import Batch
 from aimv2.data.loader import DataConfig, validation_loader
-from aimv2.data.native import from_strip
 from aimv2.data.shapes import parse_caption
-from aimv2.data.tokenizer import Tokenizer, open_tokenizer
+from aimv2.data.tokenizer import ClipTokenizer, Tokenizer, open_tokenizer
 from aimv2.data.transforms import TransformConfig
 from aimv2.evals.curves import draw_losses, save
 from aimv2.evals.harness import at_rest
 from aimv2.exports import TOKENIZER
 from aimv2.masks import prefix_mask
 from aimv2.objectives.aimv2 import AIMv2
-from aimv2.patches import patch_statistics, patchify, unpatchify
+from aimv2.patches import from_strip, patch_statistics, patchify, unpatchify
 from aimv2.pretrained import load_model
 
 GIVEN = 0.45  # share of the patches; in the shapes worlds the edge then runs through objects, not between them
@@ -100,13 +99,19 @@ def draw_run(
 
 
 def predict(
-    model: AIMv2, batch: Batch, tokenizer: Tokenizer, transform: TransformConfig, *, difficulty: str | None, **sampling
+    model: AIMv2,
+    batch: Batch,
+    tokenizer: Tokenizer | ClipTokenizer,
+    transform: TransformConfig,
+    *,
+    difficulty: str | None,
+    **sampling,
 ) -> list[Prediction]:
     """Next-patch predictions and generated captions of a batch that lies where the model does.
 
     `difficulty` is that of the shapes world, whose captions can be parsed, else None; `sampling` goes to `generate`.
     """
-    p, real = model.config.vision.patch_size, batch.real_patches()
+    p = model.config.vision.patch_size
     first = torch.ones_like(batch.prefix_length)
     prefix = (GIVEN * batch.patch_counts()).round().long().clamp(min=1)
 
@@ -122,9 +127,8 @@ def predict(
         return pictures(next_patches(pixels, batch.image, prefix_length, p))
 
     with at_rest(model):
-        mask = None if real is None else real[:, None, None]  # (B, 1, 1, N)
-        features = model.encoder(batch.image, mask, grid=batch.grid)
-        ids = model.decoder.generate(features, real=real, eos_id=tokenizer.eos_id, **sampling)
+        features = model.encoder(batch.image, grid=batch.grid)
+        ids = model.decoder.generate(features, real=batch.real_patches(), eos_id=tokenizer.eos_id, **sampling)
         rows = zip(pictures(batch.image), continued(prefix), continued(first), prefix.tolist(), strict=True)
     predictions = []
     for i, (original, after_prefix, after_first, prefix_length) in enumerate(rows):

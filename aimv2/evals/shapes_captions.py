@@ -20,6 +20,7 @@ from aimv2.data.remote import RemoteFiles
 from aimv2.data.shapes import parse_caption
 from aimv2.data.shards import Shards, expand_shards
 from aimv2.data.tokenizer import open_tokenizer
+from aimv2.encoder import VisionConfig
 from aimv2.evals.harness import at_rest
 from aimv2.evals.results import Metric
 from aimv2.ranks import sum_over_ranks
@@ -47,6 +48,14 @@ class ShapesCaptions:
     samples: int = 512  # at most, over all ranks
     batch_size: int = 128  # images per rank and pass
     area: int | None = None  # patches an image, whose aspect ratio is kept; None: as the data are validated
+
+    def check(self, vision: VisionConfig) -> None:
+        """Raises ValueError for an area that is none, or that the encoder's positions don't serve."""
+        if self.area is not None and (self.area < 2 or vision.positions == "learned"):
+            raise ValueError(
+                f"{self.name}: area {self.area} with positions {vision.positions!r}: expected 2 or more, and "
+                "positions 'interpolated' or 'sincos', which serve any grid"
+            )
 
     def build(
         self, data: DataConfig, *, patch_size: int, seed: int, rank: int, world_size: int, device: torch.device
@@ -81,10 +90,8 @@ class ShapesCaptions:
 
 def caption_ids(model: nn.Module, batch: Batch, eos_id: int, max_tokens: int) -> list[list[int]]:
     """Greedy captions of the images of a batch that lies where the model does, which sees no padding."""
-    real = batch.real_patches()  # (B, N)
-    mask = None if real is None else real[:, None, None]  # (B, 1, 1, N)
-    features = model.encoder(batch.image, mask, grid=batch.grid)
-    return model.decoder.generate(features, real=real, eos_id=eos_id, max_tokens=max_tokens)
+    features = model.encoder(batch.image, grid=batch.grid)
+    return model.decoder.generate(features, real=batch.real_patches(), eos_id=eos_id, max_tokens=max_tokens)
 
 
 def read_truth(record: bytes | None) -> Truth:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aimv2.clip_tokens import NO_TOKENIZER
 from aimv2.evals.encoders.interface import describe_module, modules_of, weights_digest
 from aimv2.evals.encoders.open_clip import clip_processing, create_open_clip
 from aimv2.evals.encoders.opening import as_one_line, own_seed, short_name
@@ -225,6 +226,8 @@ def open_open_clip_pair(rest: str, spec: str, image_size: int | None = None) -> 
 def open_transformers_pair(rest: str, spec: str, image_size: int | None = None) -> TransformersTextImage:
     """`hf:NAME-OR-FOLDER`. In AIMv2's text tower only eager attention with a mask is causal."""
     transformers = optional("transformers")
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
     kind = transformers.AutoConfig.from_pretrained(rest)
     if not hasattr(kind, "text_config") or not hasattr(kind, "vision_config"):
         raise ValueError(f"{spec} is {kind.model_type}, without a text tower: expected a model of images and text")
@@ -236,6 +239,10 @@ def open_transformers_pair(rest: str, spec: str, image_size: int | None = None) 
         raise ValueError(f"{spec} is {type(model).__name__}: expected one with get_text_features")
     if found["missing_keys"]:
         raise ValueError(f"{spec}: its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
+    if get_tokenizer_config(rest).get("tokenizer_class") == NO_TOKENIZER:
+        raise ValueError(
+            f"{spec} has no tokenizer, for its tokens aren't CLIP's: expected aimv2:PATH, of the export in our layout"
+        )
     entry = transformers.AutoImageProcessor.from_pretrained(rest, backend="pil").to_dict()
     tokenizer = transformers.AutoTokenizer.from_pretrained(rest)
     context = kind.text_config.max_position_embeddings

@@ -27,7 +27,7 @@ class ValidationLoss:
     name: ClassVar[str] = "validation"
     every: int = 500  # steps; 0: at the end only
     samples: int = 512  # at most, over all ranks
-    batch_size: int = 64  # images per rank and pass
+    batch_size: int = 64  # images per rank and pass, at most a rank's share of the samples
 
     def build(
         self, data: DataConfig, *, patch_size: int, seed: int, rank: int, world_size: int, device: torch.device
@@ -46,7 +46,7 @@ class ValidationLoss:
         totals = functools.cache(lambda: count_split(loader, world_size, device))
 
         def evaluate(objective: nn.Module) -> dict[str, float]:
-            counts, captions = totals()
+            counts = totals()
             sums: dict[str, Tensor] = {}
             with at_rest(objective):
                 for batch in loader:
@@ -54,22 +54,23 @@ class ValidationLoss:
                         sums[name] = sums.get(name, 0.0) + loss.double()
             metrics = dict(zip(sums, sum_over_ranks(torch.stack(list(sums.values()))).tolist(), strict=True))
             if data.made_by is not None and "caption_loss" in metrics:
-                metrics["caption_entropy"] = caption_entropy(data.made_by.difficulty) * captions / counts.tokens.item()
+                captions_per_token = (counts.captions / counts.tokens).item()
+                metrics["caption_entropy"] = caption_entropy(data.made_by.difficulty) * captions_per_token
             return metrics
 
         return evaluate
 
 
-def count_split(loader: Iterable[Batch], world_size: int, device: torch.device) -> tuple[Counts, int]:
-    """Targets and captions of all ranks' batches. Losses divided by the split's counts simply add up, as in training.
+def count_split(loader: Iterable[Batch], world_size: int, device: torch.device) -> Counts:
+    """Targets of all ranks' batches. Losses divided by the split's counts simply add up, as in training.
 
     Raises ValueError if there are fewer samples than ranks: the losses of a rank without any are unknown.
     """
-    totals = torch.zeros(4, dtype=torch.float64)  # patches, tokens, samples, captions
+    totals = count_targets([])
     for batch in loader:
-        totals += torch.tensor([*count_targets([batch]), (batch.text_length > 0).sum()])
+        totals += count_targets([batch])
     totals = sum_over_ranks(totals.to(device))
-    samples, captions = totals[2:].tolist()
+    samples = totals[2].item()
     if samples < world_size:
         raise ValueError(f"{samples:.0f} validation samples for {world_size} ranks: expected at least one for each")
-    return Counts.of(totals[:3].float()), int(captions)
+    return Counts.of(totals.float())

@@ -28,12 +28,12 @@ from aimv2.objectives.teacher import (
     check_images,
     check_strips,
     check_tokenizer,
+    fingerprint,
     open_teacher,
     resize_features,
     resize_images,
 )
 from aimv2.pretrained import Checkpoint, open_checkpoint
-from aimv2.weights import digest
 
 if TYPE_CHECKING:  # it needs what only training has
     from aimv2.data.loader import DataConfig
@@ -50,11 +50,14 @@ class DistillConfig:
     teacher: str  # whatever `load_model` reads; with a decoder if its predictions are used
     teacher_image_size: int | None = None  # pixels of what the teacher sees; None: as many as the student's
     # What is seen where features are compared: what the prefix mask shows, or, in a pass of its own, the whole image.
-    features: Literal["prefix", "full"] = "full"
+    # On the shapes world both are as good, but "full" takes 1.8 times as long; a teacher of another grid needs it.
+    features: Literal["prefix", "full"] = "prefix"
     feature_weight: float = 1.0
-    prediction_weight: float = 1.0
+    prediction_weight: float = 0.0  # predictions gained nothing there
 
     def __post_init__(self):
+        if self.teacher.lower() in ("", "none"):
+            raise ValueError(f"teacher {self.teacher!r}: expected a path or a name of the hub")
         for name, weight in (("feature_weight", self.feature_weight), ("prediction_weight", self.prediction_weight)):
             if weight < 0:
                 raise ValueError(f"{name} {weight}: expected 0 or more")
@@ -63,7 +66,8 @@ class DistillConfig:
         if self.seen_by_teacher < 1 or self.image_size % self.vision.grid:
             raise ValueError(
                 f"teacher_image_size {self.teacher_image_size}: expected at most the student's image_size "
-                f"{self.vision.image_size}, or a multiple of the {self.vision.grid} patches along its side"
+                f"{self.vision.image_size}, or a multiple of the {self.vision.grid} patches along its side, and in "
+                "either case a multiple of the teacher's patch_size"
             )
 
     def build(self) -> "Distill":
@@ -98,28 +102,50 @@ class DistillConfig:
         return self.image_size // self.vision.grid
 
     def check(self, data: "DataConfig") -> None:
-        """Raises ValueError for data that student or teacher has no place for; a teacher of the hub isn't asked."""
-        check_image_size(data, self.image_size, "the larger of student.vision.image_size and teacher_image_size,")
+        """Raises ValueError for data that student or teacher has no place for.
+
+        A teacher that is no path yet isn't asked: it may be of the hub, or trained before the run starts. Then
+        `check_sources` asks it.
+        """
+        if self.teacher_image_size is None:
+            check_image_size(data, self.image_size, "objective.student.vision.image_size")
+        elif data.transform.image_size != self.image_size:
+            raise ValueError(
+                f"data.transform.image_size {data.transform.image_size}: expected {self.image_size}, the larger of "
+                f"objective.student.vision.image_size {self.vision.image_size} and "
+                f"objective.teacher_image_size {self.teacher_image_size}"
+            )
         transform = replace(data.transform, image_size=self.vision.image_size)
         self.student.check(replace(data, transform=transform))
         if data.native is not None and self.teacher_image_size is not None:
-            raise ValueError(f"teacher_image_size {self.teacher_image_size} with data.native: expected none")
+            raise ValueError(f"objective.teacher_image_size {self.teacher_image_size} with data.native: expected none")
         if Path(self.teacher).expanduser().exists():
-            checkpoint = open_checkpoint(self.teacher)
-            self.check_teacher(checkpoint)
-            check_images(checkpoint, data)
-            if data.native is not None:
-                check_strips(checkpoint, self.student)
-            if self.prediction_weight:
-                check_tokenizer(checkpoint, data)
+            self.check_sources(data)
+
+    def check_sources(self, data: "DataConfig") -> None:
+        """Ask the teacher, which is downloaded if it is a name of the hub.
+
+        Raises:
+            ModelError: there is none.
+            ConfigError: it can't teach this student with these data.
+        """
+        checkpoint = open_checkpoint(self.teacher)
+        if data.native is not None:
+            check_strips(checkpoint, self.student)
+        self.check_teacher(checkpoint)
+        check_images(checkpoint, data)
+        if self.prediction_weight:
+            check_tokenizer(checkpoint, data)
 
     def check_teacher(self, checkpoint: Checkpoint) -> VisionConfig:
         """The teacher's encoder. Raises ConfigError if it can't teach this student."""
-        uses = ["prediction_weight over 0"] if self.prediction_weight else []
-        uses += ["features 'prefix'"] if self.feature_weight and self.features == "prefix" else []
-        check_grid(checkpoint, self.student, self.seen_by_teacher, " and ".join(uses))
+        must_match = {}
         if self.prediction_weight:
             check_decoder(checkpoint, self.student)
+            must_match[f"objective.prediction_weight {self.prediction_weight}"] = "objective.prediction_weight=0"
+        if self.feature_weight and self.features == "prefix":
+            must_match["objective.features=prefix"] = "objective.features=full"
+        check_grid(checkpoint, self.student, self.seen_by_teacher, must_match)
         return checkpoint.vision()[0]
 
     def training_flops(self, tokens: int) -> float:
@@ -161,15 +187,18 @@ class Distill(nn.Module):
 
     def fingerprints(self) -> dict[str, str]:
         """What a run needs besides its checkpoint to go on as it began."""
-        weights = open_checkpoint(self.settings.teacher).weights
-        return {"teacher": digest((name, weights[name]) for name in sorted(weights.shapes))}
+        return {"teacher": fingerprint(open_checkpoint(self.settings.teacher))}
+
+    def prepare(self, data: "DataConfig") -> None:
+        """Open the teacher, where the student's weights are by now: before others wait for its first batch."""
+        self.teacher(native=data.native is not None)
 
     def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Losses of a micro-batch, each already divided by the optimizer step's global number of targets.
 
         `feature_loss` is a mean over the patches of each image, and so over images.
         """
-        c, teacher, n = self.settings, self.teacher(), batch.patch_counts()
+        c, n, teacher = self.settings, batch.patch_counts(), self.teacher(native=batch.grid is not None)
         image, shown = self._images(batch)
         mask, real = prefix_mask(batch.prefix_length, batch.num_patches), batch.real_patches()
         features = self.encoder(image, mask, grid=batch.grid)  # (B, N, D)
@@ -210,10 +239,10 @@ class Distill(nn.Module):
         return resize_images(batch.image, c.vision.image_size), resize_images(batch.image, c.seen_by_teacher)
 
     @torch.compiler.disable
-    def teacher(self) -> Teacher:
-        """Where the student is, and of its dtype."""
-        weight = self.encoder.patch_embed.weight
-        place = (weight.dtype, weight.device)
-        if self._teacher is None or self._teacher.place != place:
-            self._teacher = open_teacher(self.settings.teacher, self.settings.prediction_weight > 0, *place)
+    def teacher(self, native: bool = False) -> Teacher:
+        """Where the student is, and of its dtype; for images of any size or of the one that it is shown."""
+        c, weight = self.settings, self.encoder.patch_embed.weight
+        image_size = "native" if native else c.seen_by_teacher
+        if self._teacher is None or self._teacher.opened_for != (image_size, weight.dtype, weight.device):
+            self._teacher = open_teacher(c.teacher, c.prediction_weight > 0, image_size, weight.dtype, weight.device)
         return self._teacher

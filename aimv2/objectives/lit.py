@@ -22,7 +22,8 @@ from aimv2 import losses
 from aimv2.data.batch import Batch, Counts
 from aimv2.encoder import VisionConfig, VisionEncoder
 from aimv2.flops import encoder_flops, trunk_flops
-from aimv2.lit import LiT, LiTConfig, at_least_fp32
+from aimv2.layers import at_least_fp32
+from aimv2.lit import LiT, LiTConfig, bounded
 from aimv2.objectives.checks import check_context, check_image_size
 from aimv2.objectives.patch_cache import PatchCache, digests_of
 from aimv2.ranks import gather_rows, sum_over_ranks
@@ -37,10 +38,11 @@ SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # at the start (SigLIP, arXiv 2303.15
 @dataclass(slots=True, kw_only=True)
 class LiTObjectiveConfig:
     needs_weights: ClassVar[bool] = True  # a tower that is locked at random weights sees nothing
+    least_batch: ClassVar[int] = 2  # a pair alone has nothing to be told from
 
     model: LiTConfig
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    feature_cache: float = 0.0  # GiB of each rank's CPU memory for the tower's output; pays without crops only
+    feature_cache: float = 0.0  # GiB of each rank's CPU memory for the tower's output in training
 
     def __post_init__(self):
         if self.loss not in ("softmax", "sigmoid"):
@@ -76,6 +78,11 @@ class LiTObjectiveConfig:
                 "objective.model.vision.positions 'learned' with data.native: expected 'sincos' or 'interpolated'"
             )
         check_context(data, self.text.context_length, "objective.model.text.context_length")
+        if self.feature_cache and data.transform.crop_scale is not None:
+            raise ValueError(
+                f"objective.feature_cache {self.feature_cache:g} with random crops, of which none comes twice: "
+                "expected 0, or data.transform.crop_scale none"
+            )
 
     def training_flops(self, tokens: int) -> float:
         """Of one image of the configured size with so many caption tokens: the image tower only goes forward."""
@@ -94,7 +101,7 @@ class _Share:
     accuracy: Tensor  # ()
     images: Tensor  # (n, E), with respect to the unit vectors
     texts: Tensor  # (n, E)
-    scale: Tensor  # ()
+    log_scale: Tensor  # ()
     bias: Tensor  # ()
 
 
@@ -115,7 +122,8 @@ class LiTObjective(nn.Module):
     are several, the locked tower still runs once: its output, B N D numbers each, is held for all of them.
 
     Pairs without a caption are left out, as negatives too. In evaluation, without gradients, the negatives are the
-    micro-batch's own, so that the loss depends on its size.
+    micro-batch's own, so that the loss depends on its size: also on the number of ranks, once the share of each is less
+    than a micro-batch.
     """
 
     def __init__(self, config: LiTObjectiveConfig):
@@ -152,32 +160,33 @@ class LiTObjective(nn.Module):
         device = next(self.parameters()).device
         with torch.no_grad():  # by the module's own call, at which ZeRO-3 gathers the weights
             found = [self(b.to(device), counts, seen) for b, seen in zip(micro_batches, self._step, strict=True)]
-        pairs = [(images, texts) for images, texts, *_ in found]
-        for seen, share in zip(self._step, self._differentiate(pairs, *found[0][2:]), strict=True):
+        pairs = [(each["images"], each["texts"]) for each in found]
+        shares = self._differentiate(pairs, found[0]["log_scale"], found[0]["bias"])
+        for seen, share in zip(self._step, shares, strict=True):
             seen.share = share
 
-    def forward(
-        self, batch: Batch, counts: Counts, seen: _Seen | None = None
-    ) -> dict[str, Tensor] | tuple[Tensor, ...]:
+    def forward(self, batch: Batch, counts: Counts, seen: _Seen | None = None) -> dict[str, Tensor]:
         """-> the loss, whose sum over all micro-batches is the mean over the step's captioned pairs, and the accuracy,
         as such a share: how often an image's own caption is the one it fits best.
 
-        With `seen`, which `look_ahead` alone gives, -> features. Raises ValueError for a micro-batch that is not the
-        next of those shown to `look_ahead`.
+        With `seen`, which `look_ahead` alone gives, -> what the loss is made of. Raises ValueError for a micro-batch
+        that is not the next of those shown to `look_ahead`.
         """
         first_pass, training = seen is not None, torch.is_grad_enabled()
         if not first_pass:
             seen = self._next(batch) if training else _Seen(batch.sample, self._digests(batch))
         if seen.patches is None:
             seen.patches = self._patches(batch, seen.digests)
-        images, texts, scale, bias = self._features(batch, seen.patches)
+        images, texts, log_scale, bias = self._features(batch, seen.patches)
         if first_pass:
-            return images, texts, scale, bias
+            return {"images": images, "texts": texts, "log_scale": log_scale, "bias": bias}
         if not training:
-            loss, right = self._compare(images, texts, torch.arange(len(images), device=images.device), scale, bias)
-            return {"loss": loss / counts.samples, "accuracy": right / counts.samples}
-        share = seen.share or self._differentiate([(images, texts)], scale, bias)[0]
-        linear = (images * share.images).sum() + (texts * share.texts).sum() + scale * share.scale + bias * share.bias
+            own = torch.arange(len(images), device=images.device)
+            loss, right = self._compare(images, texts, own, bounded(log_scale), bias)
+            return {"loss": loss / counts.captions, "accuracy": right / counts.captions}
+        share = seen.share or self._differentiate([(images, texts)], log_scale, bias)[0]
+        linear = (images * share.images).sum() + (texts * share.texts).sum()
+        linear = linear + log_scale * share.log_scale + bias * share.bias
         return {"loss": share.loss + (linear - linear.detach()), "accuracy": share.accuracy}
 
     def _next(self, batch: Batch) -> _Seen:
@@ -193,21 +202,22 @@ class LiTObjective(nn.Module):
         return seen
 
     def _features(self, batch: Batch, patches: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """-> unit vectors of the n captioned pairs (n, E), twice, scale and bias."""
+        """-> unit vectors of the n captioned pairs (n, E), twice, the scale's logarithm, not bounded, and bias."""
         captioned = batch.text_length > 0
         text = batch.text.clone()
         text[:, 0].masked_fill_(~captioned, self.config.text.eos)  # for the text tower; left out below
-        images, texts, scale = self.model(None, text, patches=patches, mask=batch.real_patches())
-        # DeepSpeed has the bias, as all scalars, as (1,).
-        bias = scale.new_zeros(()) if self.bias is None else at_least_fp32(self.bias).reshape(())
-        return images[captioned], texts[captioned], scale, bias
+        images, texts, _ = self.model(None, text, patches=patches, mask=batch.real_patches())
+        log_scale = at_least_fp32(self.model.log_scale).reshape(())  # DeepSpeed has scalars as (1,)
+        bias = log_scale.new_zeros(()) if self.bias is None else at_least_fp32(self.bias).reshape(())
+        return images[captioned], texts[captioned], log_scale, bias
 
     def _compare(
-        self, images: Tensor, texts: Tensor, own: Tensor, scale: Tensor, bias: Tensor
+        self, images: Tensor, texts: Tensor, own: Tensor, log_scale: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Pairs `own` (n,) of all (M, E) against all -> the sum of their losses, and how many images fit their own
         caption best; of equal captions the first counts.
         """
+        scale = log_scale.exp()
         image_logits = scale * images[own] @ texts.T + bias  # (n, M)
         if self.config.loss == "sigmoid":
             loss = losses.sigmoid_contrastive(image_logits, own)
@@ -217,35 +227,37 @@ class LiTObjective(nn.Module):
         return loss, (best == own).sum()
 
     @torch.enable_grad()
-    def _differentiate(self, pairs: list[tuple[Tensor, Tensor]], scale: Tensor, bias: Tensor) -> list[_Share]:
-        """The loss of each micro-batch's features against those of all micro-batches of all ranks, and gradients."""
+    def _differentiate(self, pairs: list[tuple[Tensor, Tensor]], log_scale: Tensor, bias: Tensor) -> list[_Share]:
+        """The loss of each micro-batch's features against those of all micro-batches of all ranks, and gradients.
+
+        A scale beyond its bound, where momentum carries it, counts as the bound and keeps the gradient that leads back.
+        """
         own = torch.cat([torch.cat(pair, dim=1) for pair in pairs]).detach()  # (n, 2E) of this rank
         features, first = gather_rows(own)
         images, texts = (x.detach().requires_grad_() for x in features.chunk(2, dim=1))  # twice (M, E)
-        scale, bias = (x.detach().requires_grad_() for x in (scale, bias))
+        inside, bias = (x.detach().requires_grad_() for x in (bounded(log_scale), bias))
         gradient, found, total = torch.zeros_like(features), [], max(1, len(features))
         rows = torch.arange(first, first + len(own), device=own.device).split([len(part) for part, _ in pairs])
         for mine in rows:  # one micro-batch at a time, for the memory of n x M logits
-            loss, right = self._compare(images, texts, mine, scale, bias)
+            loss, right = self._compare(images, texts, mine, inside, bias)
             loss = loss / total
             *by_features, by_scale, by_bias = torch.autograd.grad(
-                loss, [images, texts, scale, bias], materialize_grads=True
+                loss, [images, texts, inside, bias], materialize_grads=True
             )
             gradient += torch.cat(by_features, dim=1)
             found.append((loss.detach(), right / total, by_scale, by_bias))
         gradient = sum_over_ranks(gradient)
+        whole = sum_over_ranks(torch.stack([by_scale for *_, by_scale, _ in found]).sum(dim=0, keepdim=True))
+        outward = ((log_scale - inside) * whole < 0).squeeze(0)  # a step goes against the gradient
         return [
-            _Share(loss, accuracy, *gradient[mine].chunk(2, dim=1), by_scale, by_bias)
+            _Share(loss, accuracy, *gradient[mine].chunk(2, dim=1), by_scale.masked_fill(outward, 0.0), by_bias)
             for mine, (loss, accuracy, by_scale, by_bias) in zip(rows, found, strict=True)
         ]
 
     def _digests(self, batch: Batch) -> list[bytes] | None:
-        if self._cache is None:
+        if self._cache is None or not self.training:  # held-out images would take the room of those that come again
             return None
-        height, width = batch.image.shape[-2:]
-        if batch.grid is None:
-            return digests_of(batch.image, [width] * len(batch))
-        return digests_of(batch.image, (batch.patch_counts() * height).tolist())  # a strip is one patch high
+        return digests_of(batch.image, batch.grid)
 
     @torch.no_grad()
     def _patches(self, batch: Batch, digests: list[bytes] | None) -> Tensor:
@@ -262,10 +274,7 @@ class LiTObjective(nn.Module):
         return nn.utils.rnn.pad_sequence(patches, batch_first=True).to(batch.image.device)
 
     def _look(self, batch: Batch, rows: list[int] | slice) -> Tensor:
-        if batch.grid is None:
-            return self.encoder(batch.image[rows])
-        real = batch.real_patches()
-        return self.encoder(batch.image[rows], real[rows][:, None, None], grid=batch.grid[rows])
+        return self.encoder(batch.image[rows], grid=None if batch.grid is None else batch.grid[rows])
 
 
 def _numbers(samples: Tensor) -> str:

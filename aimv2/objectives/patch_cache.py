@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import math
 
 import torch
 from torch import Tensor
@@ -43,11 +43,15 @@ class PatchCache:
         self._free -= size
 
 
-def digests_of(images: Tensor, widths: Sequence[int]) -> list[bytes]:
-    """Of each image of (B, 3, H, W), so many columns of it."""
-    digests = []
-    for image, width in zip(images.cpu(), widths, strict=True):
-        pixels = image[..., :width].contiguous()
-        key = repr((tuple(pixels.shape), pixels.dtype)).encode()
-        digests.append(hashlib.blake2b(pixels.view(torch.uint8).numpy().data, digest_size=16, key=key).digest())
-    return digests
+def digests_of(images: Tensor, grid: Tensor | None) -> list[bytes]:
+    """Of each image of (B, 3, H, W); of strips, which `grid` (B, 2) makes them, without padding."""
+    grids = [None] * len(images) if grid is None else [tuple(each) for each in grid.tolist()]
+    return [_digest(image, shape) for image, shape in zip(images.cpu(), grids, strict=True)]
+
+
+def _digest(image: Tensor, grid: tuple[int, int] | None) -> bytes:
+    if grid is not None:
+        image = image[..., : math.prod(grid) * image.shape[-2]]  # a strip is one patch high
+    image = image.contiguous()
+    key = repr((tuple(image.shape), image.dtype, grid)).encode()  # strips of other grids may have the same pixels
+    return hashlib.blake2b(image.view(torch.uint8).numpy().data, digest_size=16, key=key).digest()

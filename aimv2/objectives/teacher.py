@@ -3,8 +3,10 @@
 B images, S side of a square image, N patches, E width.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import hashlib
+import json
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -14,8 +16,10 @@ from torch import Tensor
 from aimv2.config import ConfigError
 from aimv2.decoder import MultimodalDecoder
 from aimv2.encoder import VisionEncoder
+from aimv2.exports import empty_model, shapes_of
 from aimv2.objectives.aimv2 import AIMv2Config
-from aimv2.pretrained import Checkpoint, load_encoder, load_model
+from aimv2.pretrained import Checkpoint, load_encoder, open_checkpoint, outside_zero_init
+from aimv2.weights import digest
 
 if TYPE_CHECKING:  # it needs what only training has
     from aimv2.data.loader import DataConfig
@@ -23,11 +27,11 @@ if TYPE_CHECKING:  # it needs what only training has
 
 @dataclass(eq=False)
 class Teacher:
-    """In eval mode and without gradients, for images of any size."""
+    """In eval mode and without gradients."""
 
     encoder: VisionEncoder
     decoder: MultimodalDecoder | None
-    place: tuple[torch.dtype, torch.device]
+    opened_for: tuple[int | str, torch.dtype, torch.device]  # size of the images
 
     @torch.no_grad()
     def see(self, image: Tensor, mask: Tensor | None, grid: Tensor | None) -> Tensor:
@@ -43,38 +47,69 @@ class Teacher:
 _OPEN: WeakValueDictionary[tuple, Teacher] = WeakValueDictionary()
 
 
-def open_teacher(source: str, with_decoder: bool, dtype: torch.dtype, device: torch.device) -> Teacher:
-    """The teacher, which is shared by all who ask while it is in use.
+def open_teacher(
+    source: str, with_decoder: bool, image_size: int | str, dtype: torch.dtype, device: torch.device
+) -> Teacher:
+    """The teacher for images of `image_size`, `load_encoder`'s, shared by all who ask while it is in use.
 
     The whole copy of an objective that is evaluated under ZeRO-3 then does without one of its own.
     """
-    key = (source, with_decoder, dtype, device)
+    key = (source, with_decoder, image_size, dtype, device)
     if (teacher := _OPEN.get(key)) is None:
-        encoder = load_encoder(source, image_size="native", dtype=dtype, device=device).encoder
-        decoder = load_model(source, dtype=dtype, device=device).decoder if with_decoder else None
-        if decoder is not None:
-            decoder.requires_grad_(False)
-        teacher = _OPEN[key] = Teacher(encoder, decoder, (dtype, device))
+        encoder = load_encoder(source, image_size=image_size, dtype=dtype, device=device).encoder
+        decoder = _read_decoder(source, dtype, device) if with_decoder else None
+        teacher = _OPEN[key] = Teacher(encoder, decoder, (image_size, dtype, device))
     return teacher
 
 
-def check_grid(checkpoint: Checkpoint, student: AIMv2Config, image_size: int, must_match: str) -> None:
-    """Whether it can see images of `image_size`, and in the student's patches if `must_match` names who needs that.
+def _read_decoder(source: str, dtype: torch.dtype, device: torch.device) -> MultimodalDecoder:
+    """Without the encoder, and one tensor at a time: where it goes there is no room for another copy of the model."""
+    checkpoint = open_checkpoint(source, device=device)
+    model = checkpoint.named(empty_model, checkpoint.whole()[0])
+    checkpoint.check(shapes_of(model), None, "")
+    with outside_zero_init():
+        weights = {name: checkpoint.weights[f"decoder.{name}"].to(dtype) for name in model.decoder.state_dict()}
+        model.decoder.load_state_dict(weights, assign=True)
+    return model.decoder.requires_grad_(False).eval()
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Of its weights, and of what they don't show and differs from our defaults: heads, eps, positions."""
+    config = json.dumps(_described(checkpoint.whole()[0]), sort_keys=True)
+    weights = digest((name, checkpoint.weights[name]) for name in sorted(checkpoint.weights.shapes))
+    return hashlib.sha256(f"{weights} {config}".encode()).hexdigest()
+
+
+def _described(config: Any) -> dict[str, Any]:
+    """Defaults are left out: a field that is added later, with the default that changes nothing, shows nowhere."""
+    values = {field.name: (getattr(config, field.name), field.default) for field in fields(config)}
+    return {
+        name: _described(value) if is_dataclass(value) else value
+        for name, (value, default) in values.items()
+        if value != default
+    }
+
+
+def check_grid(checkpoint: Checkpoint, student: AIMv2Config, image_size: int, must_match: dict[str, str]) -> None:
+    """Whether it can see images of `image_size`, and in the student's patches if there are settings that need that.
+
+    must_match: these settings, each with the one that doesn't need it.
 
     This and the others below raise ConfigError if not: a teacher that can't serve is a mistake of the run's config.
     """
     patch_size, ours = checkpoint.vision()[0].patch_size, student.vision.grid
     grid, rest = divmod(image_size, patch_size)
+    right = ours * patch_size  # it suits both, and everything that may be compared
     if rest:
         raise ConfigError(
-            f"{checkpoint.path} has patches of {patch_size} px: expected a teacher_image_size that is a multiple, "
-            f"not {image_size}"
+            f"{checkpoint.path} has patches of {patch_size} px: expected an objective.teacher_image_size that is a "
+            f"multiple, not {image_size}, as {right}"
         )
     if must_match and grid != ours:
         raise ConfigError(
             f"{checkpoint.path} sees {grid}x{grid} patches in {image_size} px, the student {ours}x{ours}, but "
-            f"{must_match} compares them one by one: expected teacher_image_size {ours * patch_size}, or features "
-            "'full' and prediction_weight 0"
+            f"{' and '.join(must_match)} compares them one by one: expected objective.teacher_image_size={right}, "
+            f"or {' and '.join(must_match.values())}"
         )
 
 
@@ -84,14 +119,14 @@ def check_strips(checkpoint: Checkpoint, student: AIMv2Config) -> None:
     if theirs != ours:
         raise ConfigError(
             f"{checkpoint.path} has patches of {theirs} px, but data.native cuts images into the student's, {ours} px: "
-            "expected a teacher of the same, or data.native none"
+            "expected a teacher of the same, or data.native=none"
         )
 
 
 def check_decoder(checkpoint: Checkpoint, student: AIMv2Config) -> None:
     """Whether it predicts what the student predicts."""
     config = checkpoint.whole()[0]
-    offer = "expected another teacher, or prediction_weight 0"
+    offer = "expected another teacher, or objective.prediction_weight=0"
     if not isinstance(config, AIMv2Config):
         raise ConfigError(f"{checkpoint.path} has no decoder to predict with: {offer}")
     for key, theirs, ours in (
@@ -114,7 +149,7 @@ def check_images(checkpoint: Checkpoint, data: "DataConfig") -> None:
     if (told.mean, told.std) != (transform.mean, transform.std):
         raise ConfigError(
             f"{checkpoint.path} expects images of mean {told.mean} and std {told.std}, "
-            f"but data.transform has {transform.mean} and {transform.std}"
+            f"but data.transform.mean is {transform.mean} and data.transform.std {transform.std}"
         )
 
 
@@ -128,7 +163,7 @@ def check_tokenizer(checkpoint: Checkpoint, data: "DataConfig") -> None:
         described = "no tokenizer beside it" if theirs is None else f"the tokenizer of sha256 {theirs[:12]}"
         raise ConfigError(
             f"{checkpoint.path} has {described}, not data.tokenizer {data.tokenizer}, {ours[:12]}: "
-            "expected the same, or prediction_weight 0"
+            "expected the same, or objective.prediction_weight=0"
         )
 
 

@@ -3,7 +3,7 @@ import pickle
 import pytest
 import torch
 
-from aimv2.data.batch import Batch, Replaced, count_targets, padding_share
+from aimv2.data.batch import Batch, Replaced, count_padding, count_targets
 
 
 def make(prefix: list[int], lengths: list[int], num_patches: int = 16) -> Batch:
@@ -27,11 +27,11 @@ def test_counts_equal_a_loop_over_every_target():
             tokens += length
     counts = count_targets(batches)
     assert counts.dtype == torch.float64
-    assert counts.tolist() == [patches, tokens, 5]
+    assert counts.tolist() == [patches, tokens, 5, 2]
 
 
 def test_nothing_to_count_is_zero_and_not_an_error():
-    assert count_targets([]).tolist() == [0, 0, 0]
+    assert count_targets([]).tolist() == [0, 0, 0, 0]
 
 
 def test_to_moves_every_tensor_and_keeps_the_rest():
@@ -64,8 +64,9 @@ def test_pinned_batches_go_to_the_gpu():
 def test_padding_is_what_is_not_an_image():
     strips = make([1, 1], [1, 1], num_patches=12)
     strips.grid = torch.tensor([[3, 4], [2, 5]])
-    assert padding_share([strips]) == pytest.approx(2 / 24)
+    assert count_padding([strips]) == (2, 24)
+    assert count_padding([strips, strips]) == (4, 48)
     assert strips.real_patches().sum(dim=1).tolist() == [12, 10]
     strips.grid = torch.tensor([[3, 4], [4, 3]])
-    assert padding_share([strips]) == 0
-    assert padding_share([make([1], [1])]) is None
+    assert count_padding([strips]) == (0, 24)
+    assert count_padding([plain := make([1], [1])]) == (0, plain.num_patches)

@@ -98,7 +98,8 @@ def test_native_adds_its_limits_and_the_budget_and_nothing_else(config):
     assert found == of(whole, 64) == of(whole, None) == before(whole)
     others = [of(native, 65), of(replace(native, native=NativeConfig(min_patches=6, max_patches=41)), 64)]
     others.append(of(replace(native, native=NativeConfig(min_patches=5, max_patches=40)), 64))
-    assert len({other["data.native"] for other in [*others, of(native, 64)]}) == 4
+    others.append(of(replace(native, native=NativeConfig(min_patches=6, max_patches=40, shared_by=2)), 64))
+    assert len({other["data.native"] for other in [*others, of(native, 64)]}) == 5
     assert of(replace(native, workers=7), 64) == of(native, 64)
     with pytest.raises(ValueError, match=r"data.native is set and the budget is None"):
         of(native, None)

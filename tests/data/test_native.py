@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import conv2d
 
 from aimv2.data import native
-from aimv2.data.native import NativeConfig, NativeOrder, SizedSample, area_grid, from_strip, patch_budget, to_strip
-from aimv2.patches import patchify
+from aimv2.data.native import NativeConfig, NativeOrder, SizedSample, area_grid, patch_budget
+from aimv2.patches import from_strip, patchify, to_strip
 
 PAPER, SMALL = NativeConfig(), NativeConfig(min_patches=32, max_patches=160)
 
@@ -151,6 +151,24 @@ def test_equal_limits_are_one_area_and_the_seed_decides_the_others():
     assert {order(one).area(m) for m in range(100)} == {64}
     a, b = ([order(seed=seed).area(m) for m in range(50)] for seed in (0, 1))
     assert a != b and a == [order(seed=0, rank=3, world_size=4, budget=9).area(m) for m in range(50)]
+
+
+@pytest.mark.parametrize("shared_by", [2, 3, 64])
+def test_micro_batches_in_a_row_share_an_area(shared_by):
+    shared, alone = order(NativeConfig(min_patches=32, max_patches=160, shared_by=shared_by)), order()
+    assert [shared.area(m) for m in range(200)] == [alone.area(m // shared_by) for m in range(200)]
+    batches = list(islice(shared, 2 * shared_by))
+    assert len({len(batch) for batch in batches[:shared_by]}) == 1
+    assert shared.samples(shared_by, shared_by) == sum(map(len, batches[shared_by:]))
+    # from the middle of a group on, as one of several ranks
+    start = batches[shared_by + 1][0].sample
+    place = {"start": start, "first_batch": shared_by + 1, "rank": 1, "world_size": 2}
+    assert next(iter(order(shared.config, **place))) == list(islice(shared, shared_by + 3))[-1]
+
+
+def test_shared_by_nobody_is_refused():
+    with pytest.raises(ValueError, match="shared_by 0: expected 1 or more"):
+        NativeConfig(shared_by=0)
 
 
 @pytest.mark.parametrize("limits", [(1, 100), (0, 100), (101, 100), (128, 2**20 + 1), (-5, -1)])

@@ -23,10 +23,10 @@ from aimv2.config import from_json, to_json
 from aimv2.data.batch import Batch, count_targets
 from aimv2.data.loader import DataConfig, train_loader, validation_loader
 from aimv2.data.mixture import MixtureChange, Source
-from aimv2.data.native import NativeConfig, SizedSample, area_grid, from_strip
+from aimv2.data.native import NativeConfig, SizedSample, area_grid
 from aimv2.data.shards import ShardError, ensure_indices
 from aimv2.data.transforms import TransformConfig, native_training_image, native_validation_image, normalize
-from aimv2.patches import patchify
+from aimv2.patches import from_strip, patchify
 
 P = 8
 TOKENIZER = Path(__file__).parents[2] / "tokenizers" / "shapes"
@@ -183,20 +183,24 @@ def test_flips_are_as_configured(config):
     assert ImageOps.exif_transpose(Image.open(io.BytesIO(turned))).size == (60, 100)
 
 
-def test_prefix_lengths_are_uniform_over_each_images_own_patches(config):
-    """Chi-square over lengths 1 to n - 1, with the 0.9999 quantile of 14 degrees of freedom and of 5."""
+@pytest.mark.parametrize(("area", "most"), [(16, 42.6), (9, 31.8)])
+def test_prefix_lengths_are_uniform_over_each_images_own_patches(config, tmp_path, area, most):
+    """Of square images. Chi-square over lengths 1 to n - 1, with the 0.9999 quantile of 14 and 7 degrees of freedom."""
+    source = Source(name="s", shards=write(tmp_path, "s", [encode(picture(33, 33))] * 4), captions=None)
+    config = replace(config, train=[source], changes=[])
     samples = train_loader(config, patch_size=P, micro_batch=1, start=0, seed=0, rank=0, world_size=1).dataset
-    draws = [samples._generator(g, 0).random() for g in range(3000)]
-    some = [samples[SizedSample(g, area)] for g in range(60) for area in (6, 20, 33)]
-    for example in some:
-        patches = example.grid[0] * example.grid[1]
-        assert example.prefix_length == 1 + int(draws[example.sample] * (patches - 1))
-    for n, most in ((16, 42.6), (7, 25.7)):
-        lengths = np.array([1 + int(draw * (n - 1)) for draw in draws])
-        found = np.bincount(lengths, minlength=n + 1)
-        assert found[0] == found[n] == 0
-        assert ((found[1:n] - 3000 / (n - 1)) ** 2 * (n - 1) / 3000).sum() < most
-    assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 4 / 3000**0.5
+    lengths = np.array([samples[SizedSample(g, area)].prefix_length for g in range(1000)])
+    found = np.bincount(lengths, minlength=area + 1)
+    assert found[0] == 0 and len(found) == area + 1 and found[area] == 0
+    assert ((found[1:area] - 1000 / (area - 1)) ** 2 * (area - 1) / 1000).sum() < most
+    assert abs(np.corrcoef(lengths[:-1], lengths[1:])[0, 1]) < 4 / 1000**0.5
+
+
+def test_prefix_lengths_follow_the_draw_of_seed_and_sample(config):
+    samples = train_loader(config, patch_size=P, micro_batch=1, start=0, seed=0, rank=0, world_size=1).dataset
+    for example in [samples[SizedSample(g, area)] for g in range(30) for area in (6, 20, 33)]:
+        patches, draw = example.grid[0] * example.grid[1], samples._generator(example.sample, 0).random()
+        assert example.prefix_length == 1 + int(draw * (patches - 1))
 
 
 def test_a_replacement_keeps_the_draw_and_has_its_own_grid(config, undisturbed):
@@ -370,7 +374,7 @@ def test_images_of_the_greatest_aspects_fit(config, tmp_path):
 
 def test_a_native_config_survives_json(config):
     entry = json.loads(json.dumps(to_json(config)))
-    assert entry["native"] == {"min_patches": 6, "max_patches": 40}
+    assert entry["native"] == {"min_patches": 6, "max_patches": 40, "shared_by": 1}
     assert from_json(DataConfig, entry) == config
     assert from_json(DataConfig, {**entry, "native": None}).native is None
 

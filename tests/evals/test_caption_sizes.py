@@ -173,8 +173,9 @@ def test_captions_of_a_mixed_batch_are_those_of_each_image_alone(exports, folder
     with at_rest(model):
         captions = caption_ids(model, together, 1, 30)
         assert captions == [caption_ids(model, batch, 1, 30)[0] for batch in alone]
-        # The test can fail: without knowing of the padding, other captions are written.
-        seen = model.encoder(together.image, None, grid=together.grid)
+        # The test can fail: looking at the padding, other captions are written.
+        everywhere = torch.ones(1, 1, 1, together.num_patches, dtype=torch.bool)
+        seen = model.encoder(together.image, everywhere, grid=together.grid)
         assert model.decoder.generate(seen, eos_id=1, max_tokens=30) != captions
 
 

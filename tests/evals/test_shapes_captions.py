@@ -19,7 +19,7 @@ class Captioner(torch.nn.Module):
     def __init__(self, captions: dict[bytes, list[int]]):
         super().__init__()
         self.captions = captions
-        self.encoder = lambda image, mask, grid: image
+        self.encoder = lambda image, grid: image
         self.decoder = SimpleNamespace(generate=self.generate)
 
     def generate(self, features, *, real, eos_id, max_tokens):

@@ -116,6 +116,14 @@ def test_another_vocabulary_without_its_tokenizer_is_refused(tmp_path):
         text_image_of(random_lit(), PROCESSING, SHAPES)
 
 
+def test_transformers_has_no_tokenizer_of_another_vocabulary(tmp_path):
+    pytest.importorskip("transformers")
+    export_model(random_lit(), tmp_path / "lit", config=LIT, processing=PROCESSING, format="transformers")
+    with pytest.raises(ValueError, match=r"lit has no tokenizer, .* expected aimv2:PATH, of the export") as caught:
+        open_text_image(f"hf:{tmp_path / 'lit'}")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_model_without_text_is_refused_by_what_it_is(tmp_path):
     export_model(random_encoder(V2), tmp_path / "encoder", config=V2, processing=PROCESSING)
     export_model(random_encoder(V2), tmp_path / "hf", config=V2, processing=PROCESSING, format="transformers")

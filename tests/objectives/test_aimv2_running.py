@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def forward_backward(model: AIMv2, batch: Batch, device: str = "cpu", bf16: str 
     if bf16 == "weights":
         model = model.bfloat16()
     counts = counts_of(batch)
-    counts = Counts.of(torch.stack([counts.patches, counts.tokens, counts.samples]).to(device))
+    counts = Counts.of(torch.stack([getattr(counts, f.name) for f in fields(counts)]).to(device))
     with torch.autocast(device, torch.bfloat16, enabled=bf16 == "autocast"):
         loss = model(batch, counts)["loss"]
     loss.backward()
@@ -158,7 +158,7 @@ def test_compiles_on_cuda(monkeypatch):
     expected = forward_backward(model, batch)
     model, batch = model.cuda(), batch.to("cuda")
     counts = counts_of(batch)
-    counts = Counts.of(torch.stack([counts.patches, counts.tokens, counts.samples]).cuda())
+    counts = Counts.of(torch.stack([getattr(counts, f.name) for f in fields(counts)]).cuda())
     torch._dynamo.reset()
     loss = torch.compile(model, fullgraph=True)(batch, counts)["loss"]
     loss.backward()

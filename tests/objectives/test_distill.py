@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from tiny_aimv2 import CONFIG, PREFIX_LENGTH, TEXT_LENGTH, VISION, N, counts_of, random_batch
-from tiny_distill import FEATURES, TEACHER, built, part_of, vector, write_teacher
+from tiny_distill import FEATURES, TEACHER, built, data_for, part_of, vector, write_teacher
 from torch import Tensor
 
 from aimv2 import losses
 from aimv2.data.batch import Batch, Counts, count_targets
 from aimv2.flops import encoder_flops
-from aimv2.objectives.aimv2 import AIMv2
+from aimv2.objectives import distill
+from aimv2.objectives.aimv2 import AIMv2, AIMv2Config
 from aimv2.objectives.distill import Distill, DistillConfig
 from aimv2.objectives.teacher import open_teacher
 from aimv2.pretrained import load_model
@@ -111,7 +112,7 @@ def test_nothing_is_left_to_learn_from_oneself(tmp_path):
     source = write_teacher(tmp_path / "export", CONFIG)
     batch = random_batch()
     for features in FEATURES:
-        objective = built(source, features=features)
+        objective = built(source, features=features, prediction_weight=1.0)
         objective.student.load_state_dict(load_model(source).state_dict())
         found = objective(batch, counts_of(batch))
         assert found["teacher_pixel_loss"] == 0
@@ -124,7 +125,10 @@ def test_nothing_is_left_to_learn_from_oneself(tmp_path):
 
 @pytest.mark.parametrize("features", FEATURES)
 def test_the_teacher_is_no_part_of_the_objective(teacher, features):
-    objective, batch = built(teacher, torch.float32, features=features), random_batch(dtype=torch.float32)
+    objective, batch = (
+        built(teacher, torch.float32, features=features, prediction_weight=1.0),
+        random_batch(dtype=torch.float32),
+    )
     before = load_model(teacher).state_dict()
     optimizer = torch.optim.AdamW(objective.parameters(), lr=0.1)
     objective.train()
@@ -152,11 +156,12 @@ def test_what_is_exported_is_the_student(teacher):
     assert objective.config == CONFIG
     assert objective.encoder is objective.student.encoder and objective.decoder is objective.student.decoder
     config = objective.settings
+    assert (config.features, config.prediction_weight) == ("prefix", 0)  # docs/post-training.md compares them
     assert (config.vision, config.decoder, config.vocab_size) == (VISION, CONFIG.decoder, CONFIG.vocab_size)
 
 
 def test_the_teacher_follows_the_student(teacher):
-    objective, batch = built(teacher, torch.float32), random_batch(dtype=torch.float32)
+    objective, batch = built(teacher, torch.float32, prediction_weight=1.0), random_batch(dtype=torch.float32)
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         objective.to(dtype)
         assert objective(batch, counts_of(batch))["loss"].isfinite()
@@ -169,7 +174,8 @@ def test_the_teacher_follows_the_student(teacher):
 def test_a_whole_copy_shares_the_teacher(teacher):
     objective, copied = built(teacher), built(teacher)
     assert copied.teacher() is objective.teacher()
-    assert open_teacher(teacher, False, torch.float64, torch.device("cpu")).decoder is None
+    opened = open_teacher(teacher, False, VISION.image_size, torch.float64, torch.device("cpu"))
+    assert opened is objective.teacher() and opened.decoder is None
 
 
 def test_the_teachers_size_is_free_of_the_students(teacher):
@@ -182,27 +188,42 @@ def test_the_teachers_size_is_free_of_the_students(teacher):
     assert all(torch.equal(objective.student.state_dict()[name], value) for name, value in alone.items())
 
 
-def test_fingerprints_are_those_of_the_weights(teacher, tmp_path):
-    assert built(teacher).fingerprints() == built(write_teacher(tmp_path / "again")).fingerprints()
-    other = replace(TEACHER, vision=replace(TEACHER.vision, depth=1))
-    assert built(teacher).fingerprints() != built(write_teacher(tmp_path / "other", other)).fingerprints()
+def test_fingerprints_are_those_of_the_weights_and_of_what_they_do_not_show(teacher, tmp_path):
+    def fingerprints(config: AIMv2Config) -> dict[str, str]:
+        torch.manual_seed(0)
+        return built(write_teacher(tmp_path / str(len(list(tmp_path.iterdir()))), config)).fingerprints()
+
+    vision = TEACHER.vision
+    assert built(teacher).fingerprints() == fingerprints(TEACHER)
+    others = [replace(vision, depth=1), replace(vision, heads=1), replace(vision, norm_eps=1e-2)]
+    found = [fingerprints(replace(TEACHER, vision=other))["teacher"] for other in [vision, *others]]
+    assert len(set(found)) == len(found)
+
+
+def test_the_teacher_is_there_before_the_first_batch(teacher, monkeypatch):
+    objective = built(teacher, prediction_weight=1.0)
+    objective.prepare(data_for())
+    monkeypatch.setattr(distill, "open_teacher", lambda *arguments: pytest.fail("opened again"))
+    batch = random_batch()
+    assert objective(batch, counts_of(batch))["loss"].isfinite()
 
 
 def test_work_is_counted_for_the_student(teacher):
     alone, encoder = CONFIG.training_flops(5), encoder_flops(VISION)
     counted = [DistillConfig(student=CONFIG, teacher=teacher, **kind).training_flops(5) for kind in KINDS]
     # a second pass of its encoder, forward and backward, where features are compared in full
-    assert counted == [alone, alone + 3 * encoder, alone, alone + 3 * encoder]
+    assert counted == [alone, alone + 3 * encoder, alone, alone, alone + 3 * encoder]
 
 
 # --- any split of a batch gives the gradient of the whole
 
 
 KINDS = [
-    {"features": "prefix"},
+    {"prediction_weight": 1.0},
+    {"features": "full", "prediction_weight": 1.0},
+    {"feature_weight": 0.0, "prediction_weight": 1.0},
+    {},
     {"features": "full"},
-    {"feature_weight": 0.0},
-    {"prediction_weight": 0.0},
 ]
 
 
@@ -245,7 +266,7 @@ def test_a_weight_of_0_leaves_its_part_out(teacher, settings):
 
 
 def test_no_caption_at_all_is_finite(teacher):
-    objective, batch = built(teacher), random_batch([0, 0], [1, N - 1])
+    objective, batch = built(teacher, prediction_weight=1.0), random_batch([0, 0], [1, N - 1])
     found = objective(batch, counts_of(batch))
     found["loss"].backward()
     assert found["caption_loss"] == found["teacher_caption_loss"] == 0
@@ -254,7 +275,7 @@ def test_no_caption_at_all_is_finite(teacher):
 
 @torch.no_grad()
 def test_evaluation_equals_training(teacher):
-    objective, batch = built(teacher), random_batch()
+    objective, batch = built(teacher, prediction_weight=1.0), random_batch()
     assert objective.eval()(batch, counts_of(batch)) == objective.train()(batch, counts_of(batch))
 
 
@@ -269,7 +290,7 @@ def test_compiled_and_recomputed_it_is_the_same(teacher):
         return loss.item(), vector(objective)
 
     batch = random_batch()
-    objective = built(teacher)
+    objective = built(teacher, features="full", prediction_weight=1.0)
     expected, gradient = gradient_of(objective, objective)
     student = replace(CONFIG, vision=replace(VISION, checkpointing=True))
     recomputed = replace(objective.settings, student=student).build().double()

@@ -121,10 +121,10 @@ def compare_with_plain_training(settings: dict, zero: int):
 
 
 KINDS = {
-    "prefix": {"features": "prefix"},
-    "full": {"features": "full"},  # its encoder runs twice, which ZeRO-3 has to follow
-    "features": {"features": "full", "prediction_weight": 0.0},
-    "predictions": {"feature_weight": 0.0},
+    "prefix": {"features": "prefix", "prediction_weight": 1.0},
+    "full": {"features": "full", "prediction_weight": 1.0},  # its encoder runs twice, which ZeRO-3 has to follow
+    "features": {},
+    "predictions": {"feature_weight": 0.0, "prediction_weight": 1.0},
 }
 MATRIX = [(kind, zero, 2) for kind in KINDS for zero in (1, 2, 3)]
 QUICK = [("full", 3, 2)]
@@ -169,7 +169,7 @@ def stop_and_go_on(settings: dict, zero: int, precision: str, folder: Path):
 @pytest.mark.parametrize(("zero", "precision"), [(1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")])
 def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path, teacher, zero, precision):
     folder = tmp_path / "run"
-    settings = {"teacher": teacher}
+    settings = {"teacher": teacher, "features": "full", "prediction_weight": 1.0}
     run(tmp_path, stop_and_go_on, settings, zero, precision, folder, ranks=2)
     stored = set()
     for file in (folder / "checkpoints").glob("*/engine/*model_states.pt"):

@@ -14,10 +14,10 @@ from tiny_distill import FEATURES, NATIVE, built, part_of, vector
 
 from aimv2 import losses
 from aimv2.data.batch import Batch
-from aimv2.data.native import to_strip
 from aimv2.masks import prefix_mask
 from aimv2.objectives.distill import DistillConfig
 from aimv2.objectives.teacher import resize_features, resize_images
+from aimv2.patches import to_strip
 from aimv2.pretrained import load_encoder, load_model
 
 # --- other resolutions and patches
@@ -42,7 +42,7 @@ def test_resizing_equals_pillows(size, new):
 @torch.no_grad()
 def test_a_teacher_of_other_patches_at_another_size(coarse):
     """Student: 6 px, 3 x 3 patches of 2. Teacher: 12 px, 4 x 4 of 3."""
-    objective = built(coarse, teacher_image_size=12, prediction_weight=0.0)
+    objective = built(coarse, teacher_image_size=12, features="full")
     assert objective.settings.image_size == 12
     assert objective.settings.data_patch_size == 4
     batch = replace(random_batch(), image=torch.randn(5, 3, 12, 12, dtype=torch.float64))
@@ -62,7 +62,7 @@ def test_a_teacher_of_other_patches_at_another_size(coarse):
 def test_a_teacher_of_the_same_grid_sees_what_the_prefix_mask_shows(coarse):
     """Student: 12 px, 3 x 3 patches of 4. Teacher: 9 px, 3 x 3 of 3; its learned positions are for 4 x 4."""
     config = replace(CONFIG, vision=replace(VISION, image_size=12, patch_size=4))
-    settings = {"features": "prefix", "teacher_image_size": 9, "prediction_weight": 0.0}
+    settings = {"features": "prefix", "teacher_image_size": 9}
     objective = DistillConfig(student=config, teacher=coarse, **settings).build().double()
     assert objective.settings.image_size == 12 and objective.settings.data_patch_size == 4
     batch = replace(random_batch(), image=torch.randn(5, 3, 12, 12, dtype=torch.float64))
@@ -75,8 +75,21 @@ def test_a_teacher_of_the_same_grid_sees_what_the_prefix_mask_shows(coarse):
     assert found["feature_loss"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@torch.no_grad()
+def test_fixed_positions_lie_over_the_range_that_they_were_trained_on(native):
+    """As `load_encoder` lays them for the same size, not running on."""
+    objective = built(native, features="full", teacher_image_size=12)
+    assert load_encoder(native, image_size=12).encoder.config.position_scale == 0.5
+    batch = replace(random_batch(), image=torch.randn(5, 3, 12, 12, dtype=torch.float64))
+    found = objective(batch, counts_of(batch))
+    target = load_encoder(native, image_size=12, dtype=torch.float64).encoder(batch.image)
+    predicted = objective.projection(objective.encoder(resize_images(batch.image, 6)))
+    expected = losses.features(predicted, resize_features(target, 3)) / len(batch)
+    assert found["feature_loss"].item() == pytest.approx(expected.item(), rel=1e-10)
+
+
 def test_prefixes_drawn_for_another_grid_are_refused(coarse):
-    objective = built(coarse, teacher_image_size=12, prediction_weight=0.0)
+    objective = built(coarse, teacher_image_size=12, features="full")
     batch = replace(random_batch(), image=torch.randn(5, 3, 12, 12, dtype=torch.float64), num_patches=36)
     with pytest.raises(ValueError, match=r"images of 36 patches: expected 9, .* 12 px give at a patch size of 4"):
         objective(batch, counts_of(batch))
@@ -110,8 +123,8 @@ GRIDS = [(3, 3), (2, 5), (1, 2), (4, 1), (2, 2)]
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("source", ["native", "teacher"])  # sincos, and learned positions interpolated for each
 def test_a_batch_of_mixed_sizes_equals_one_by_one(request, source, features):
-    objective = DistillConfig(student=NATIVE, teacher=request.getfixturevalue(source), features=features).build()
-    objective.double()
+    settings = {"features": features, "prediction_weight": 1.0}
+    objective = DistillConfig(student=NATIVE, teacher=request.getfixturevalue(source), **settings).build().double()
     whole = strips(GRIDS)
     parts = [strips(GRIDS, slice(i, i + 1)) for i in range(len(GRIDS))]
     counts = counts_of(whole)
@@ -131,7 +144,8 @@ def test_a_batch_of_mixed_sizes_equals_one_by_one(request, source, features):
 @torch.no_grad()
 @pytest.mark.parametrize("features", FEATURES)
 def test_a_square_strip_is_its_image(native, features):
-    objective = DistillConfig(student=NATIVE, teacher=native, features=features).build().double()
+    settings = {"features": features, "prediction_weight": 1.0}
+    objective = DistillConfig(student=NATIVE, teacher=native, **settings).build().double()
     batch = random_batch()
     strip = replace(batch, image=to_strip(batch.image, P), grid=torch.tensor([[GRID, GRID]] * len(batch)))
     found, expected = objective(strip, counts_of(strip)), objective(batch, counts_of(batch))

@@ -7,6 +7,7 @@ import copy
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from tiny_lit_objective import (
 )
 from torch import Tensor
 
+from aimv2.config import load_config
 from aimv2.data.batch import Batch, Counts, count_targets
 from aimv2.data.loader import DataConfig
 from aimv2.data.mixture import Source
@@ -38,7 +40,7 @@ from aimv2.objectives.patch_cache import digests_of
 
 LOSSES = ("softmax", "sigmoid")
 CAPTIONED = [i for i, length in enumerate(TEXT_LENGTH) if length]
-ONE = Counts.of(torch.ones(3, dtype=torch.float64))
+ONE = Counts.of(torch.ones(4, dtype=torch.float64))
 
 
 def objective_with(loss: str, **changes) -> LiTObjective:
@@ -158,6 +160,25 @@ def test_accuracy_is_the_share_of_images_that_find_their_caption():
     assert clear(batch, ONE)["accuracy"] == 1
 
 
+@pytest.mark.parametrize("sizes", [[2], [1, 1]], ids=str)
+@pytest.mark.parametrize("log_scale", [4.7, -0.1])
+def test_a_scale_beyond_its_bound_can_come_back(log_scale, sizes):
+    """Momentum carries it over. What would take it farther is dropped: of the whole batch's gradient, not of parts'."""
+    objective, at_bound = objective_with("softmax"), objective_with("softmax")
+    torch.nn.init.constant_(objective.model.log_scale, log_scale)
+    torch.nn.init.constant_(at_bound.model.log_scale, min(max(log_scale, 0.0), math.log(100)))
+    returns = []
+    for seed in range(12):
+        batch = random_batch([3, 4], seed=seed)
+        at_bound.zero_grad()
+        plain_loss(at_bound, batch, [0, 1]).backward()
+        expected = at_bound.model.log_scale.grad.item()
+        returns.append(expected * log_scale > 0)  # for it goes against the gradient
+        found = step(objective, split(batch, sizes))[1]["model.log_scale"].item()
+        assert found == pytest.approx(expected if returns[-1] else 0.0, rel=1e-9)
+    assert {True, False} == set(returns)
+
+
 # --- pairs without a caption, and padding
 
 
@@ -262,9 +283,13 @@ def test_cached_equals_uncached(sizes, native):
         assert found == pytest.approx(expected, rel=1e-12)
         assert_same(by_cached, by_plain)
     assert sum(ran) == 6  # nothing twice
+
+
+def test_evaluation_leaves_the_cache_to_training():
+    cached, plain, batch = objective_with("softmax", feature_cache=1.0), objective_with("softmax"), random_batch()
     with torch.no_grad():
-        assert cached(batch, ONE)["loss"].item() == pytest.approx(plain(batch, ONE)["loss"].item(), rel=1e-12)
-    assert sum(ran) == 6
+        assert cached.eval()(batch, ONE)["loss"].item() == plain.eval()(batch, ONE)["loss"].item()
+    assert len(cached._cache) == 0
 
 
 def test_strips_are_as_their_images_one_by_one():
@@ -283,13 +308,25 @@ def test_strips_are_as_their_images_one_by_one():
 
 def test_every_pixel_counts_in_a_digest():
     images = torch.zeros(1, 3, P, 4)
-    of_zeros = digests_of(images, [4]) + digests_of(images, [2])
-    found = set(of_zeros)
+    found = set(digests_of(images, None))
     for place in range(images.numel()):
         other = images.flatten().clone()
         other[place] = 1
-        found.add(digests_of(other.view_as(images), [4])[0])
-    assert len(found) == 2 + images.numel()
+        found.update(digests_of(other.view_as(images), None))
+    assert len(found) == 1 + images.numel()
+
+
+def test_strips_of_the_same_patches_in_other_grids_are_other_images():
+    grids = [torch.tensor([grid]) for grid in ([2, 3], [3, 2], [1, 6], [6, 1], [1, 5])]
+    strip = torch.ones(1, 3, P, 6 * P)
+    assert len({digests_of(strip, grid)[0] for grid in grids}) == len(grids)
+    # and their features, if both are known: positions are those of the grid
+    changes = {"model": replace(LIT, vision=replace(VISION, positions="sincos"))}
+    plain, cached = (objective_with("softmax", **changes, feature_cache=gib) for gib in (0, 1.0))
+    batch = replace(random_batch([3, 4]), image=strip.double().expand(2, -1, -1, -1), num_patches=6)
+    batch = replace(batch, grid=torch.cat(grids[:2]))
+    assert step(cached, [batch])[0] == pytest.approx(step(plain, [batch])[0], rel=1e-12)
+    assert step(cached, [batch])[0] == pytest.approx(step(plain, [batch])[0], rel=1e-12)
 
 
 def test_a_strip_is_known_by_all_its_patches_and_no_padding():
@@ -357,16 +394,16 @@ def test_stale_negatives_are_refused():
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_evaluation_compares_within_the_micro_batch(loss):
-    objective, batch = objective_with(loss), random_batch([3, 4, 6, 2])
+    objective, batch = objective_with(loss), random_batch()
     counts = Counts.of(count_targets([batch]))
     with torch.no_grad():
         found = objective.eval()(batch, counts)
-    expected = plain_loss(objective, batch, [0, 1, 2, 3])
+    expected = plain_loss(objective, batch, CAPTIONED)
     assert found["loss"].item() == pytest.approx(expected.item(), rel=1e-12) and not found["loss"].requires_grad
     objective.train()
     training, _ = step(objective, [batch])
     assert training["loss"] == pytest.approx(found["loss"].item(), rel=1e-12)
-    assert training["accuracy"] == found["accuracy"].item()
+    assert training["accuracy"] == pytest.approx(found["accuracy"].item())
 
 
 def test_evaluation_between_look_ahead_and_forward_disturbs_nothing():
@@ -410,6 +447,25 @@ def test_the_config_says_what_it_is():
 def test_data_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         CONFIG.check(data_config(**changes))
+
+
+def test_a_cache_of_what_never_comes_twice():
+    with pytest.raises(ValueError, match="feature_cache 1 with random crops"):
+        replace(CONFIG, feature_cache=1.0).check(data_config())
+    whole = TransformConfig(image_size=P * GRID, crop_scale=None)
+    assert replace(CONFIG, feature_cache=1.0).check(data_config(transform=whole)) is None
+
+
+def test_runs_that_cannot_work():
+    """Under ZeRO-3 the tower's weights are gathered wherever it runs: a rank that knows its images would stay away."""
+    run = load_config(Path(__file__).parents[1] / "tiny_lit.py")
+    run.data.transform.crop_scale = None
+    engine, cached = replace(run.engine, zero_stage=3), replace(run.objective, feature_cache=1.0)
+    assert replace(run, engine=engine) and replace(run, objective=cached)
+    with pytest.raises(ValueError, match=r"feature_cache 1 with engine\.zero_stage 3"):
+        replace(run, engine=engine, objective=cached)
+    with pytest.raises(ValueError, match=r"engine\.batch_size 1: expected 2 or more"):
+        replace(run, engine=replace(run.engine, batch_size=1, micro_batch=1))
 
 
 @pytest.mark.parametrize(

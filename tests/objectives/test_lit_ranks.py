@@ -140,6 +140,33 @@ def test_equals_the_whole_batch_at_once(tmp_path, zero, ranks, micro, loss):
     run(tmp_path, compare_with_plain_training, zero, micro, loss, ranks=ranks)
 
 
+def compare_cached_with_uncached(zero):
+    start_distributed()
+    rank, config = dist.get_rank(), EngineConfig(batch_size=8, micro_batch=2, zero_stage=zero, precision="fp32")
+    engines = []
+    for gib in (0.0, 1.0):
+        torch.manual_seed(0)
+        engines.append(build_engine(replace(CONFIG, feature_cache=gib).build(), OPTIM, config))
+    for step in range(3):
+        seed = rank if step == 0 or rank == 0 else 10 * step  # rank 0 sees its images again, rank 1 new ones
+        parts = [random_batch(lengths, torch.float32, seed=seed + 2 * i) for i, lengths in enumerate(([3, 4], [2, 5]))]
+        counts = global_counts(parts, torch.device("cpu"))
+        for engine in engines:
+            look_ahead(engine, parts, counts)
+            for batch in parts:
+                backward(engine, engine(batch, counts)["loss"])
+                engine.step()
+    assert len(engines[1].module._cache) == (4 if rank == 0 else 12)
+    expected, found = (full_state_dict(engine.module) for engine in engines)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2])  # at 3 it is refused
+def test_a_rank_that_knows_its_images_stays_in_step(tmp_path, zero):
+    run(tmp_path, compare_cached_with_uncached, zero, ranks=2)
+
+
 def compare_with_uninterrupted(zero, precision, folder):
     start_distributed()
     prints = {"data": "d"}
@@ -160,7 +187,7 @@ def compare_with_uninterrupted(zero, precision, folder):
         assert "model.log_scale" in names and not any(name.startswith("model.encoder.") for name in names)
     model = evaluation_model(second, replace(CONFIG, loss="sigmoid").build)
     with torch.no_grad():
-        found = model(whole_batch(7), Counts.of(torch.ones(3)))
+        found = model(whole_batch(7), Counts.of(torch.ones(4)))
     assert found["loss"].isfinite()
 
 
@@ -189,7 +216,7 @@ def evaluate_unevenly():
     take_step(engine, 0, 2)
     with torch.no_grad():
         for step in range(1 + 2 * dist.get_rank()):
-            engine.module(whole_batch(step), Counts.of(torch.ones(3)))
+            engine.module(whole_batch(step), Counts.of(torch.ones(4)))
     take_step(engine, 1, 2)
 
 
