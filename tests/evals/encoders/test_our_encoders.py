@@ -73,7 +73,7 @@ def test_native_encoders_need_a_size(tmp_path, config):
     assert str(error.value).startswith(f"aimv2:{tmp_path / 'native'}: ")
     encoder = open_encoder(f"aimv2:{tmp_path / 'native'}", image_size=42)
     images = images_for(encoder)
-    assert encoder.grid == (3, 3) and encoder.processor.config.resize == "shortest_edge"
+    assert encoder.grid == (3, 3) and encoder.processor.config.resize == "squash"
     assert torch.equal(encoder.output(images).patches, load_encoder(tmp_path / "native", image_size=42)(images))
 
 
