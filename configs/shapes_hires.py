@@ -4,6 +4,9 @@
 
 As configs/aimv2_large_336.py: from the smaller model's export, without weight decay. For 448, `..._hires.py
 data.transform.image_size=96 objective.vision.image_size=96 out=runs/shapes_hires96`. Steps and learning rate are ours.
+The positions are fixed ones, which run on: there is nothing to interpolate.
+
+Measured: of 512 held-out images, 71 % captioned with exactly the right set of objects; at 96 px, 500 steps, 70 %.
 """
 
 from dataclasses import replace
