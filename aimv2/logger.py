@@ -142,7 +142,12 @@ class Logger:
         self._replaced += samples
 
     def share(self, name: str, part: int, whole: int) -> None:
-        """So much of this rank's `whole`; a line has the share over the steps since the one before and all ranks."""
+        """So much of this rank's `whole`; a line has the share over the steps since the one before and all ranks.
+
+        Of a whole of 0 there is none, and no line has it.
+        """
+        if not whole:
+            return
         parts, wholes = self._shares.get(name, (0, 0))
         self._shares[name] = parts + part, wholes + whole
 

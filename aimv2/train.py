@@ -112,8 +112,7 @@ def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Trai
             images = loader.order.samples((state.step - 1) * config.engine.micro_batches, config.engine.micro_batches)
             state.sample += images
             norm = engine.get_global_grad_norm()
-            if config.data.native is not None:
-                log.share("padding", *count_padding(micro_batches))
+            log.share("padding", *count_padding(micro_batches))
             log.step(state.step, images=images, lr=lr, grad_norm=norm, skipped=state.skipped or None)
             for settings, evaluate in evals:
                 if due(state.step, settings.every, config.steps):

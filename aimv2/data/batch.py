@@ -96,6 +96,7 @@ def count_targets(batches: Sequence[Batch]) -> Tensor:
 
 
 def count_padding(batches: Sequence[Batch]) -> tuple[int, int]:
-    """Of the patches of these micro-batches, those that are padding, and all."""
-    patches = sum(len(b) * b.num_patches for b in batches)
-    return patches - sum(int(b.patch_counts().sum()) for b in batches), patches
+    """Of the patches of these micro-batches, if they are strips, those that are padding, and all."""
+    strips = [batch for batch in batches if batch.grid is not None]
+    patches = sum(len(b) * b.num_patches for b in strips)
+    return patches - sum(int(b.patch_counts().sum()) for b in strips), patches

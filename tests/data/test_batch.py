@@ -69,4 +69,4 @@ def test_padding_is_what_is_not_an_image():
     assert strips.real_patches().sum(dim=1).tolist() == [12, 10]
     strips.grid = torch.tensor([[3, 4], [4, 3]])
     assert count_padding([strips]) == (0, 24)
-    assert count_padding([plain := make([1], [1])]) == (0, plain.num_patches)
+    assert count_padding([make([1], [1])]) == (0, 0)
