@@ -222,17 +222,7 @@ def _check_images(checkpoint: Checkpoint, transform: "TransformConfig | None") -
     told = checkpoint.is_ours or checkpoint.preprocessor is not None or checkpoint.config.get("pretrained_cfg")
     if transform is None or not told:
         return
-    theirs = checkpoint.processor_config(*checkpoint.vision()[:2])
-    if (theirs.mean, theirs.std) != (tuple(transform.mean), tuple(transform.std)):
-        raise ConfigError(
-            f"{checkpoint.path} expects images of mean {theirs.mean} and std {theirs.std}, but data.transform has "
-            f"{transform.mean} and {transform.std}: expected data.transform.mean={_typed(theirs.mean)} "
-            f"data.transform.std={_typed(theirs.std)}"
-        )
-
-
-def _typed(numbers: tuple[float, ...]) -> str:
-    return f"[{','.join(map(str, numbers))}]"
+    checkpoint.check_normalisation(transform)
 
 
 def _with_positions(state: dict[str, Tensor], stored: VisionConfig, encoder: nn.Module, init: InitFrom) -> dict:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from aimv2.data.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from aimv2.config import ConfigError
+from aimv2.data.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, TransformConfig
 from aimv2.encoder import SIZES, VisionConfig, VisionEncoder, vision_config
 from aimv2.exports import CONFIG, PREPROCESSOR, empty_model, export_architecture, read_export_config, shapes_of
 from aimv2.features import FeatureEncoder, block_numbers
@@ -196,6 +197,17 @@ class Checkpoint:
             raise ModelError(f"{self.path}: preprocessing: {error}") from error
         return default_processing(vision, layout.name)
 
+    def check_normalisation(self, transform: TransformConfig) -> None:
+        """Raise ConfigError if a run's images are not normalised as the encoder was trained."""
+        theirs = self.processor_config(*self.vision()[:2])
+        if (theirs.mean, theirs.std) != (tuple(transform.mean), tuple(transform.std)):
+            typed = {name: "[" + ",".join(map(str, getattr(theirs, name))) + "]" for name in ("mean", "std")}
+            raise ConfigError(
+                f"{self.path} expects images of mean {theirs.mean} and std {theirs.std}, but data.transform has "
+                f"{transform.mean} and {transform.std}: expected data.transform.mean={typed['mean']} "
+                f"data.transform.std={typed['std']}"
+            )
+
     def check(self, expected: dict, names: dict | None, prefix: str, allowed: tuple[str, ...] = ()) -> None:
         """Raise ModelError with all that is missing, unexpected or of another shape than `expected`."""
         if problems := misfits(expected, self.weights.shapes, names, prefix, allowed):
@@ -231,8 +243,7 @@ def default_processing(vision: VisionConfig, layout: str) -> ProcessorConfig:
 def sized(config: VisionConfig, image_size: int | str | None, processing: ProcessorConfig) -> VisionConfig:
     """The encoder for images of another size. Raises ValueError for a size that isn't one.
 
-    Fixed positions are laid over the range that they were trained on, but for a native model, trained on many: on the
-    shapes world that captions half as many images again as letting them run on.
+    Fixed positions are laid over the range that they were trained on, but for a native model, trained on many.
     """
     if image_size == "native":
         return replace(config, positions="interpolated") if config.positions == "learned" else config

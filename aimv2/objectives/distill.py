@@ -25,7 +25,6 @@ from aimv2.objectives.teacher import (
     Teacher,
     check_decoder,
     check_grid,
-    check_images,
     check_strips,
     check_tokenizer,
     fingerprint,
@@ -133,7 +132,7 @@ class DistillConfig:
         if data.native is not None:
             check_strips(checkpoint, self.student)
         self.check_teacher(checkpoint)
-        check_images(checkpoint, data)
+        checkpoint.check_normalisation(data.transform)
         if self.prediction_weight:
             check_tokenizer(checkpoint, data)
 
@@ -216,9 +215,8 @@ class Distill(nn.Module):
             loss = loss + c.prediction_weight * (caption_loss + self.config.pixel_weight * pixel_loss)
             parts |= {"teacher_pixel_loss": pixel_loss, "teacher_caption_loss": caption_loss}
         if c.feature_weight and c.features == "full":
-            keys = None if real is None else real[:, None, None]  # (B, 1, 1, N)
-            features = self.encoder(image, keys, grid=batch.grid)
-            targets = teacher.see(shown, keys, batch.grid)  # (B, N', E)
+            features = self.encoder(image, grid=batch.grid)
+            targets = teacher.see(shown, None, batch.grid)  # (B, N', E)
             targets = targets if batch.grid is not None else resize_features(targets, c.vision.grid)
         if c.feature_weight:
             feature_loss = losses.features(self.projection(features), targets, n) / counts.samples

@@ -142,17 +142,6 @@ def check_decoder(checkpoint: Checkpoint, student: AIMv2Config) -> None:
         )
 
 
-def check_images(checkpoint: Checkpoint, data: "DataConfig") -> None:
-    """Whether images are normalised as it was trained."""
-    vision, layout, _ = checkpoint.vision()
-    told, transform = checkpoint.processor_config(vision, layout), data.transform
-    if (told.mean, told.std) != (transform.mean, transform.std):
-        raise ConfigError(
-            f"{checkpoint.path} expects images of mean {told.mean} and std {told.std}, "
-            f"but data.transform.mean is {transform.mean} and data.transform.std {transform.std}"
-        )
-
-
 def check_tokenizer(checkpoint: Checkpoint, data: "DataConfig") -> None:
     """Whether its tokens are those of the data."""
     from aimv2.data.tokenizer import open_tokenizer
