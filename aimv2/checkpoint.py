@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 
 from aimv2 import manifest
+from aimv2.ranks import gather_objects
 
 LOG = logging.getLogger(__name__)
 TAG = "engine"
@@ -296,10 +297,7 @@ def _together(action: Callable[[], T] | None) -> list[T | None]:
         failure = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         if not isinstance(error, OSError | CheckpointError):
             LOG.exception("rank %d failed at a checkpoint", _rank())
-    outcomes: list[Any] = [(result, failure)]
-    if dist.is_initialized():
-        outcomes = [None] * _world_size()
-        dist.all_gather_object(outcomes, (result, failure))
+    outcomes = gather_objects((result, failure))
     failures = {rank: text for rank, (_, text) in enumerate(outcomes) if text}
     if failures:
         same = len(set(failures.values())) == 1 and len(failures) == len(outcomes)

@@ -111,20 +111,6 @@ def start_distributed() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def on_rank_zero(work: Callable[[], None]) -> None:
-    """Run `work` on rank 0 while the others wait. An error there is raised everywhere, so that no rank hangs."""
-    error: list[Exception | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            work()
-        except Exception as e:
-            error[0] = e
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(error, src=0)
-    if error[0] is not None:
-        raise error[0]
-
-
 def limit_waiting(timeout: timedelta = STEP_TIMEOUT) -> None:
     """From now on a rank that waits so long for another one fails."""
     if hasattr(dist, "set_timeout"):
@@ -168,12 +154,6 @@ def global_counts(micro_batches: Sequence[Batch], device: torch.device) -> Count
 def backward(engine: Engine, loss: Tensor) -> None:
     """Gradients add up over micro-batches and ranks: DeepSpeed's own division by both is undone."""
     engine.backward(loss * (dist.get_world_size() * engine.gradient_accumulation_steps()))
-
-
-def look_ahead(engine: Engine, micro_batches: Sequence[Batch], counts: Counts) -> None:
-    """Show a step's micro-batches, still on the CPU, to an objective whose loss is no sum over samples."""
-    if hasattr(engine.module, "look_ahead"):
-        engine.module.look_ahead(micro_batches, counts)
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from aimv2.evals.validation import ValidationLoss
 from aimv2.flops import peak_flops
 from aimv2.init_from import check_initial, load_initial
 from aimv2.logger import Logger
-from aimv2.ranks import together
+from aimv2.ranks import gather_objects, on_rank_zero, together
 from aimv2.train_config import EvalConfig, TrainConfig
 from aimv2.whole_files import write_json
 
@@ -74,8 +74,7 @@ def check_ranks_agree(described: dict[str, str]) -> None:
     Raises:
         ConfigError: on all ranks, naming the first that differs and in what.
     """
-    ranks: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(ranks, described)
+    ranks = gather_objects(described)
     for rank, theirs in enumerate(ranks):
         if different := sorted(key for key in theirs.keys() | ranks[0].keys() if theirs.get(key) != ranks[0].get(key)):
             raise ConfigError(f"rank {rank} has another {', '.join(different)} than rank 0: expected the same on all")
@@ -101,7 +100,7 @@ def kept_digest(config: TrainConfig) -> str | None:
 
     A checkpoint has all weights but those of a locked tower.
     """
-    if getattr(config.objective, "needs_weights", False):
+    if config.objective.needs_weights:
         return None
     return (saved_fingerprints(config.out) or {}).get("init_from")
 
@@ -111,8 +110,7 @@ def check_sources(config: TrainConfig, tokenizer: Tokenizer) -> None:
 
     Raises ModelError or ConfigError.
     """
-    if hasattr(config.objective, "check_sources"):
-        config.objective.check_sources(config.data)
+    config.objective.check_sources(config.data)
     if config.init_from is not None and kept_digest(config) is None:
         check_initial(config.objective, config.init_from, **_given(config, tokenizer))
 
@@ -126,7 +124,7 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> tuple[nn.Module, d
 
     def build() -> None:
         model = config.objective.build()
-        built.append((model, model.fingerprints() if hasattr(model, "fingerprints") else {}))
+        built.append((model, model.fingerprints()))
 
     def load() -> str | None:
         if config.init_from is None:
@@ -136,7 +134,7 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> tuple[nn.Module, d
 
     together(build)
     [(model, given)] = built
-    digest = together(load if dist.get_rank() == 0 else None)[0]
+    digest = on_rank_zero(load)
     return model, given | ({} if digest is None else {"init_from": digest})
 
 

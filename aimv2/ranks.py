@@ -14,6 +14,20 @@ class PeerError(ValueError):
     """What another rank could not do; the message names it."""
 
 
+def is_distributed() -> bool:
+    """Whether there are other ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gather_objects(mine: T) -> list[T]:
+    """What every rank has, in the order of the ranks. All call it."""
+    if not is_distributed():
+        return [mine]
+    objects: list = [None] * dist.get_world_size()
+    dist.all_gather_object(objects, mine)
+    return objects
+
+
 def together(work: Callable[[], T] | None) -> list[T | None]:
     """Run `work`, if this rank has any, and gather the results of all ranks. All call it.
 
@@ -24,11 +38,7 @@ def together(work: Callable[[], T] | None) -> list[T | None]:
         result = work() if work is not None else None
     except Exception as e:
         error = e
-    outcome = (result, None if error is None else str(error) or type(error).__name__)
-    outcomes = [outcome]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        outcomes = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, outcome)
+    outcomes = gather_objects((result, None if error is None else str(error) or type(error).__name__))
     if error is not None:
         raise error
     for rank, (_, said) in enumerate(outcomes):
@@ -37,9 +47,14 @@ def together(work: Callable[[], T] | None) -> list[T | None]:
     return [result for result, _ in outcomes]
 
 
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 while the others wait, and give its result to all. Errors are as `together` raises them."""
+    return together(work if not is_distributed() or dist.get_rank() == 0 else None)[0]
+
+
 def sum_over_ranks(sums: Tensor) -> Tensor:
     """The sum of every rank's tensor, in one reduction; the tensor itself if nothing is distributed."""
-    if dist.is_available() and dist.is_initialized():
+    if is_distributed():
         dist.all_reduce(sums)
     return sums
 
@@ -49,7 +64,7 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
 
     rows (n, ...). No gradient passes; `rows` itself if nothing is distributed.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not is_distributed():
         return rows, 0
     number = torch.tensor([len(rows)], device=rows.device)
     numbers = [torch.empty_like(number) for _ in range(dist.get_world_size())]

@@ -22,8 +22,6 @@ from aimv2.engine import (
     full_state_dict,
     global_counts,
     limit_waiting,
-    look_ahead,
-    on_rank_zero,
     set_learning_rate,
     start_distributed,
 )
@@ -43,7 +41,7 @@ from aimv2.preparation import (
     prepare_run,
 )
 from aimv2.preprocessing import ProcessorConfig
-from aimv2.ranks import together
+from aimv2.ranks import on_rank_zero, together
 from aimv2.train_config import TrainConfig
 
 __all__ = ["TrainConfig", "TrainingError", "train"]
@@ -83,8 +81,7 @@ def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Trai
     torch.manual_seed(config.seed)
     model, given = build_model(config, tokenizer)
     engine = build_engine(model, config.optim, config.engine)
-    if hasattr(model, "prepare"):  # a teacher, to where the engine has put the model
-        together(lambda: model.prepare(config.data))
+    together(lambda: model.prepare(config.data))
     limit_waiting()  # data and weights, which take long, are there
     fingerprints = fingerprints_of(config, tokenizer, given)
     check_ranks_agree({"config": json.dumps(to_json(config)), **fingerprints(sys.maxsize)})
@@ -101,7 +98,7 @@ def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Trai
                 micro_batches = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
             log.replaced(sum(batch.count_replaced() for batch in micro_batches))
             counts = global_counts(micro_batches, device)
-            look_ahead(engine, micro_batches, counts)
+            engine.module.look_ahead(micro_batches, counts)  # still on the CPU
             for batch in micro_batches:
                 losses = engine(batch.to(device), counts)
                 backward(engine, losses["loss"])

@@ -37,20 +37,12 @@ class TrainConfig:
 
     def __post_init__(self):
         self.objective.check(self.data)
-        if self.init_from is None and getattr(self.objective, "needs_weights", False):
+        if self.init_from is None and self.objective.needs_weights:
             raise ValueError(
                 f"init_from is None, but {type(self.objective).__name__} trains on top of a trained image tower: "
                 "expected init_from.source, an export or another checkpoint of one"
             )
-        cache = getattr(self.objective, "feature_cache", 0)
-        if cache and self.engine.zero_stage == 3:  # a rank that knows all its images would miss the others' gathers
-            raise ValueError(
-                f"objective.feature_cache {cache:g} with engine.zero_stage 3, at which all ranks must run the image "
-                "tower together: expected feature_cache 0, or stage 1 or 2"
-            )
-        fewest, name = getattr(self.objective, "least_batch", 1), type(self.objective).__name__
-        if self.engine.batch_size < fewest:
-            raise ValueError(f"engine.batch_size {self.engine.batch_size}: expected {fewest} or more with {name}")
+        self.objective.check_engine(self.engine.batch_size, self.engine.zero_stage)
         if self.data.validation is None and not all(isinstance(e, FrozenEvaluation) for e in self.evals):
             raise ValueError("data.validation is None, but evals need it: expected a source, or no evals")
         names = [e.name for e in self.evals]

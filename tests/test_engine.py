@@ -24,13 +24,12 @@ from aimv2.engine import (
     full_state_dict,
     global_counts,
     limit_waiting,
-    on_rank_zero,
     set_learning_rate,
     start_distributed,
 )
 from aimv2.objectives.aimv2 import AIMv2, AIMv2Config
 from aimv2.optim import OptimConfig, build_optimizer, learning_rate
-from aimv2.ranks import lost_peer
+from aimv2.ranks import lost_peer, on_rank_zero
 
 SHAPE = {"width": 16, "depth": 1, "heads": 2, "mlp_hidden": 24}
 MODEL = AIMv2Config(

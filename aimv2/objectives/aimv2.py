@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from aimv2 import losses
 from aimv2.data.batch import Batch, Counts
@@ -12,13 +12,14 @@ from aimv2.encoder import VisionConfig, VisionEncoder
 from aimv2.flops import training_flops
 from aimv2.masks import prefix_mask
 from aimv2.objectives.checks import check_context, check_image_size
+from aimv2.objectives.interface import Objective, ObjectiveConfig
 
 if TYPE_CHECKING:  # it needs what only training has
     from aimv2.data.loader import DataConfig
 
 
 @dataclass(slots=True, kw_only=True)
-class AIMv2Config:
+class AIMv2Config(ObjectiveConfig):
     vision: VisionConfig
     decoder: DecoderConfig
     pixel_weight: float = 0.4  # alpha; it goes with a pixel loss that is a mean over the 3P^2 values of a patch
@@ -30,13 +31,7 @@ class AIMv2Config:
     def vocab_size(self) -> int:
         return self.decoder.vocab_size
 
-    @property
-    def data_patch_size(self) -> int:
-        """Side of a patch in the pixels of the data."""
-        return self.vision.patch_size
-
     def check(self, data: "DataConfig") -> None:
-        """Raises ValueError for data that the model has no place for."""
         check_image_size(data, self.vision.image_size)
         if data.native is not None and self.vision.positions == "learned":
             raise ValueError(
@@ -45,11 +40,10 @@ class AIMv2Config:
         check_context(data, self.decoder.context_length, "objective.decoder.context_length")
 
     def training_flops(self, tokens: int) -> float:
-        """Of one image of the configured size with so many caption tokens."""
         return training_flops(self.vision, self.decoder, tokens)
 
 
-class AIMv2(nn.Module):
+class AIMv2(Objective):
     """L = L_caption + alpha * L_pixel over [image patches ; caption] (paper eq. 2-3)."""
 
     def __init__(self, config: AIMv2Config):
@@ -58,13 +52,7 @@ class AIMv2(nn.Module):
         self.encoder = VisionEncoder(config.vision)
         self.decoder = MultimodalDecoder(config.decoder, config.vision.width, config.vision.patch_size)
 
-    @property
-    def exported(self) -> nn.Module:
-        """What a run leaves behind: itself."""
-        return self
-
     def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
-        """Losses of a micro-batch, each already divided by the optimizer step's global number of targets."""
         mask = prefix_mask(batch.prefix_length, batch.num_patches)
         features = self.encoder(batch.image, mask, grid=batch.grid)  # (B, N, D)
         pixels, logits = self.decoder(features, batch.text, batch.real_patches())  # (B, N, 3P^2), (B, T, V)

@@ -21,6 +21,7 @@ from aimv2.flops import encoder_flops, training_flops
 from aimv2.masks import prefix_mask
 from aimv2.objectives.aimv2 import AIMv2, AIMv2Config
 from aimv2.objectives.checks import check_image_size
+from aimv2.objectives.interface import Objective, ObjectiveConfig
 from aimv2.objectives.teacher import (
     Teacher,
     check_decoder,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:  # it needs what only training has
 
 
 @dataclass(slots=True, kw_only=True)
-class DistillConfig:
+class DistillConfig(ObjectiveConfig):
     """L = L_student + feature_weight * L_feature + prediction_weight * (L_teacher_caption + alpha * L_teacher_pixel).
 
     L_student is AIMv2's loss and alpha its `pixel_weight`. What has weight 0 is left out.
@@ -153,7 +154,7 @@ class DistillConfig:
         return training_flops(self.vision, self.decoder, tokens) + passes * 3 * encoder_flops(self.vision)
 
 
-class Distill(nn.Module):
+class Distill(Objective):
     """A student AIMv2, and a teacher that is no part of the module: neither trained, sharded, saved nor exported."""
 
     def __init__(self, config: DistillConfig):
@@ -185,11 +186,9 @@ class Distill(nn.Module):
         return self.student
 
     def fingerprints(self) -> dict[str, str]:
-        """What a run needs besides its checkpoint to go on as it began."""
         return {"teacher": fingerprint(open_checkpoint(self.settings.teacher))}
 
     def prepare(self, data: "DataConfig") -> None:
-        """Open the teacher, where the student's weights are by now: before others wait for its first batch."""
         self.teacher(native=data.native is not None)
 
     def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:

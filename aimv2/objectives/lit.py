@@ -25,6 +25,7 @@ from aimv2.flops import encoder_flops, trunk_flops
 from aimv2.layers import at_least_fp32
 from aimv2.lit import LiT, LiTConfig, bounded
 from aimv2.objectives.checks import check_context, check_image_size
+from aimv2.objectives.interface import Objective, ObjectiveConfig
 from aimv2.objectives.patch_cache import PatchCache, digests_of
 from aimv2.ranks import gather_rows, sum_over_ranks
 from aimv2.text_encoder import TextConfig
@@ -36,9 +37,8 @@ SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # at the start (SigLIP, arXiv 2303.15
 
 
 @dataclass(slots=True, kw_only=True)
-class LiTObjectiveConfig:
-    needs_weights: ClassVar[bool] = True  # a tower that is locked at random weights sees nothing
-    least_batch: ClassVar[int] = 2  # a pair alone has nothing to be told from
+class LiTObjectiveConfig(ObjectiveConfig):
+    needs_weights: ClassVar[bool] = True
 
     model: LiTConfig
     loss: Literal["softmax", "sigmoid"] = "softmax"
@@ -65,13 +65,7 @@ class LiTObjectiveConfig:
     def vocab_size(self) -> int:
         return self.text.vocab_size
 
-    @property
-    def data_patch_size(self) -> int:
-        """Side of a patch in the pixels of the data."""
-        return self.vision.patch_size
-
     def check(self, data: "DataConfig") -> None:
-        """Raises ValueError for data that the model has no place for."""
         check_image_size(data, self.vision.image_size, "objective.model.vision.image_size")
         if data.native is not None and self.vision.positions == "learned":
             raise ValueError(
@@ -84,8 +78,17 @@ class LiTObjectiveConfig:
                 "expected 0, or data.transform.crop_scale none"
             )
 
+    def check_engine(self, batch_size: int, zero_stage: int) -> None:
+        if batch_size < 2:
+            raise ValueError(f"engine.batch_size {batch_size}: expected 2 or more, for a pair to be told apart")
+        if self.feature_cache and zero_stage == 3:  # who knows all its images would miss the others' gathers
+            raise ValueError(
+                f"objective.feature_cache {self.feature_cache:g} with engine.zero_stage 3, at which all ranks must run "
+                "the image tower together: expected feature_cache 0, or stage 1 or 2"
+            )
+
     def training_flops(self, tokens: int) -> float:
-        """Of one image of the configured size with so many caption tokens: the image tower only goes forward."""
+        # The image tower only goes forward.
         n, width, c = self.vision.num_patches, self.vision.width, self.text
         pool = 2 * width**2 * (2 * n + 1) + 4 * n * width
         projections = 2 * self.model.projection * (width + c.width)
@@ -115,7 +118,7 @@ class _Seen:
     share: _Share | None = None  # None: it is the only one of the step, and one pass does
 
 
-class LiTObjective(nn.Module):
+class LiTObjective(Objective):
     """The contrastive loss of images and captions, the negatives of a pair being all others of the optimizer step.
 
     `look_ahead` is given the micro-batches of a step, then `forward` each of them once, in the same order. Where there
@@ -153,7 +156,6 @@ class LiTObjective(nn.Module):
         return self
 
     def look_ahead(self, micro_batches: Sequence[Batch], counts: Counts) -> None:
-        """This rank's micro-batches of an optimizer step; every rank calls it, with as many of them."""
         self._step = deque(_Seen(batch.sample.cpu(), self._digests(batch)) for batch in micro_batches)
         if len(self._step) == 1:
             return
