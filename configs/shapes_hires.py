@@ -23,9 +23,9 @@ def config() -> TrainConfig:
     run = load_config(Path(__file__).with_name("shapes_mixed.py"))
     run.init_from = InitFrom(source=f"{run.out}/export")
     run.out = "runs/shapes_hires"
-    run.steps = 800
+    run.steps = 1200
     run.data.transform = replace(run.data.transform, image_size=IMAGE_SIZE)
     run.objective.vision = replace(run.objective.vision, image_size=IMAGE_SIZE)
-    run.optim = replace(run.optim, peak_lr=5e-4, warmup_steps=50, weight_decay=0.0)
-    run.save_every = 200
+    run.optim = replace(run.optim, warmup_steps=50, weight_decay=0.0)
+    run.save_every = 400
     return run

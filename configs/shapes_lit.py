@@ -22,7 +22,7 @@ def config() -> TrainConfig:
     run = load_config(Path(__file__).with_name("shapes_distilled.py"))
     run.init_from = InitFrom(source=f"{run.out}/export")
     run.out = "runs/shapes_lit"
-    run.steps = 800
+    run.steps = 600
     vision = run.objective.vision
     text = TextConfig(width=128, depth=2, heads=2, mlp_hidden=352)
     run.objective = LiTObjectiveConfig(

@@ -19,7 +19,8 @@ from aimv2.train import TrainConfig
 def config() -> TrainConfig:
     run = load_config(Path(__file__).with_name("shapes.py"))
     run.out = "runs/shapes_mixed"
-    recipe = ShapesRecipe(difficulty="mixed", folder="data/shapes_mixed", train=64_000, validation=2_000)
+    run.steps = 3000
+    recipe = ShapesRecipe(difficulty="mixed", folder="data/shapes_mixed", train=64_000, validation=6_000)
     run.data.made_by = recipe
     run.data.train[0].shards = f"{recipe.folder}/train-*.tar"
     run.data.validation.shards = f"{recipe.folder}/validation-*.tar"

@@ -13,10 +13,10 @@ from aimv2.train import TrainConfig
 def config() -> TrainConfig:
     run = load_config(Path(__file__).with_name("shapes_mixed.py"))
     run.out = "runs/shapes_student"
-    run.steps = 2000
+    run.steps = 1600
     size = {"width": 96, "depth": 3, "heads": 3, "mlp_hidden": 256}
     run.data.transform = replace(run.data.transform, image_size=72)
     run.objective.vision = replace(run.objective.vision, image_size=72, **size)
     run.objective.decoder = replace(run.objective.decoder, **size)
-    run.save_every = 500
+    run.save_every = 400
     return run

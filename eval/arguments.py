@@ -46,12 +46,17 @@ def parser(description: str, encoders: str = ENCODERS) -> argparse.ArgumentParse
     made.add_argument("--train-images", type=int, metavar="N", help="so many of the training images, drawn once")
     made.add_argument("--test-images", type=int, metavar="N", help="so many of the test images")
     made.add_argument("--batch-size", type=int, default=64, help="images per forward pass and rank (default: 64)")
-    made.add_argument("--workers", type=int, default=4, help="processes per rank that decode images (default: 4)")
+    add_workers(made)
     made.add_argument("--device", help="as cuda:1 or cpu (default: a GPU if there is one)")
     made.add_argument(
         "--set", default=[], dest="settings", metavar="KEY=VALUE", help="settings of the protocol, as k=5,10", **several
     )
     return made
+
+
+def add_workers(made: argparse.ArgumentParser) -> None:
+    most = min(4, os.cpu_count() or 1)  # torch warns of more than there are cores
+    made.add_argument("--workers", type=int, default=most, help="processes per rank that decode images (%(default)s)")
 
 
 def add_image_size(made: argparse.ArgumentParser) -> None:

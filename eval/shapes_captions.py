@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from arguments import for_each, show
+from arguments import add_workers, for_each, show
 
 from aimv2.evals.caption_sizes import Captioner, CaptionSizes
 from aimv2.evals.datasets.interface import Dataset
@@ -41,7 +41,7 @@ def main() -> int:
     sizes.add_argument("--area", type=int, metavar="N", help="patches an image", **several)
     parser.add_argument("--samples", type=int, metavar="N", help="the first N of the split (default: all)")
     parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass and rank (default: 64)")
-    parser.add_argument("--workers", type=int, default=2, help="processes per rank that decode images (default: 2)")
+    add_workers(parser)
     parser.add_argument("--device", help="as cuda:1 or cpu (default: a GPU if there is one)")
     parser.set_defaults(root=None, download=False, train_images=None, test_images=None)
     arguments = parser.parse_args()
