@@ -53,12 +53,17 @@ class AIMv2(Objective):
         self.decoder = MultimodalDecoder(config.decoder, config.vision.width, config.vision.patch_size)
 
     def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
-        mask = prefix_mask(batch.prefix_length, batch.num_patches)
-        features = self.encoder(batch.image, mask, grid=batch.grid)  # (B, N, D)
-        pixels, logits = self.decoder(features, batch.text, batch.real_patches())  # (B, N, 3P^2), (B, T, V)
-        patch_size = self.config.vision.patch_size
-        pixel_loss = losses.pixel(pixels, batch.image, batch.prefix_length, patch_size, batch.patch_counts())
-        pixel_loss = pixel_loss / counts.patches
+        _, pixels, logits = self.predict(batch.image, batch, prefix_mask(batch.prefix_length, batch.num_patches))
+        return self.losses(pixels, logits, batch.image, batch, counts)
+
+    def predict(self, image: Tensor, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> features (B, N, D), pixels (B, N, 3P^2), logits (B, T, V); `image` is the batch's, maybe resized."""
+        features = self.encoder(image, mask, grid=batch.grid)
+        return features, *self.decoder(features, batch.text, batch.real_patches())
+
+    def losses(self, pixels: Tensor, logits: Tensor, image: Tensor, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        patch_size, patches = self.config.vision.patch_size, batch.patch_counts()
+        pixel_loss = losses.pixel(pixels, image, batch.prefix_length, patch_size, patches) / counts.patches
         caption_loss = losses.caption(logits, batch.text, batch.text_length) / counts.tokens
         loss = caption_loss + self.config.pixel_weight * pixel_loss
         return {"loss": loss, "pixel_loss": pixel_loss.detach(), "caption_loss": caption_loss.detach()}

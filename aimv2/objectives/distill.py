@@ -198,17 +198,14 @@ class Distill(Objective):
         """
         c, n, teacher = self.settings, batch.patch_counts(), self.teacher(native=batch.grid is not None)
         image, shown = self._images(batch)
-        mask, real = prefix_mask(batch.prefix_length, batch.num_patches), batch.real_patches()
-        features = self.encoder(image, mask, grid=batch.grid)  # (B, N, D)
-        pixels, logits = self.decoder(features, batch.text, real)  # (B, N, 3P^2), (B, T, V)
-        pixel_loss = losses.pixel(pixels, image, batch.prefix_length, c.vision.patch_size, n) / counts.patches
-        caption_loss = losses.caption(logits, batch.text, batch.text_length) / counts.tokens
-        loss = caption_loss + self.config.pixel_weight * pixel_loss
-        parts = {"pixel_loss": pixel_loss, "caption_loss": caption_loss}
+        mask = prefix_mask(batch.prefix_length, batch.num_patches)
+        features, pixels, logits = self.student.predict(image, batch, mask)  # (B, N, D), (B, N, 3P^2), (B, T, V)
+        parts = self.student.losses(pixels, logits, image, batch, counts)
+        loss = parts.pop("loss")
         if c.prediction_weight or c.features == "prefix":
             targets = teacher.see(shown, mask, batch.grid)  # (B, N, E)
         if c.prediction_weight:
-            target_pixels, target_logits = teacher.predict(targets, batch.text, real)
+            target_pixels, target_logits = teacher.predict(targets, batch.text, batch.real_patches())
             pixel_loss = losses.teacher_pixel(pixels, target_pixels, batch.prefix_length, n) / counts.patches
             caption_loss = losses.teacher_caption(logits, target_logits, batch.text_length) / counts.tokens
             loss = loss + c.prediction_weight * (caption_loss + self.config.pixel_weight * pixel_loss)
