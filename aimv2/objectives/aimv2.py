@@ -11,7 +11,7 @@ from aimv2.decoder import DecoderConfig, MultimodalDecoder
 from aimv2.encoder import VisionConfig, VisionEncoder
 from aimv2.flops import training_flops
 from aimv2.masks import prefix_mask
-from aimv2.objectives.checks import check_context, check_image_size
+from aimv2.objectives.checks import check_context, check_images
 from aimv2.objectives.interface import Objective, ObjectiveConfig
 
 if TYPE_CHECKING:  # it needs what only training has
@@ -32,11 +32,7 @@ class AIMv2Config(ObjectiveConfig):
         return self.decoder.vocab_size
 
     def check(self, data: "DataConfig") -> None:
-        check_image_size(data, self.vision.image_size)
-        if data.native is not None and self.vision.positions == "learned":
-            raise ValueError(
-                "objective.vision.positions 'learned' with data.native: expected 'sincos' or 'interpolated'"
-            )
+        check_images(data, self.vision, "objective.vision")
         check_context(data, self.decoder.context_length, "objective.decoder.context_length")
 
     def training_flops(self, tokens: int) -> float:

@@ -2,11 +2,20 @@
 
 from typing import TYPE_CHECKING
 
+from aimv2.encoder import VisionConfig
+
 if TYPE_CHECKING:  # it needs what only training has
     from aimv2.data.loader import DataConfig
 
 
-def check_image_size(data: "DataConfig", size: int, key: str = "objective.vision.image_size") -> None:
+def check_images(data: "DataConfig", vision: VisionConfig, key: str) -> None:
+    """Raises ValueError if the encoder, whose config is under `key`, has no positions for the images."""
+    check_image_size(data, vision.image_size, f"{key}.image_size")
+    if data.native is not None and vision.positions == "learned":
+        raise ValueError(f"{key}.positions 'learned' with data.native: expected 'sincos' or 'interpolated'")
+
+
+def check_image_size(data: "DataConfig", size: int, key: str) -> None:
     """Raises ValueError if the images are not of the size that the config has under `key`."""
     if data.transform.image_size != size:
         raise ValueError(

@@ -24,7 +24,7 @@ from aimv2.encoder import VisionConfig, VisionEncoder
 from aimv2.flops import encoder_flops, trunk_flops
 from aimv2.layers import at_least_fp32
 from aimv2.lit import LiT, LiTConfig, bounded
-from aimv2.objectives.checks import check_context, check_image_size
+from aimv2.objectives.checks import check_context, check_images
 from aimv2.objectives.interface import Objective, ObjectiveConfig
 from aimv2.objectives.patch_cache import PatchCache, digests_of
 from aimv2.ranks import gather_rows, sum_over_ranks
@@ -66,11 +66,7 @@ class LiTObjectiveConfig(ObjectiveConfig):
         return self.text.vocab_size
 
     def check(self, data: "DataConfig") -> None:
-        check_image_size(data, self.vision.image_size, "objective.model.vision.image_size")
-        if data.native is not None and self.vision.positions == "learned":
-            raise ValueError(
-                "objective.model.vision.positions 'learned' with data.native: expected 'sincos' or 'interpolated'"
-            )
+        check_images(data, self.vision, "objective.model.vision")
         check_context(data, self.text.context_length, "objective.model.text.context_length")
         if self.feature_cache and data.transform.crop_scale is not None:
             raise ValueError(
