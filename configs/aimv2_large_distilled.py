@@ -2,8 +2,8 @@
 
     deepspeed scripts/train_aimv2.py --config configs/aimv2_large_distilled.py
 
-Not run. The paper (AIMv2, arXiv 2411.14402) has distilled models, but neither the method nor a figure: expected is more
-than 86.6, ImageNet-1k, attentive probe, top-1, which the paper has for the same model without a teacher.
+Not run. Apple released distilled models, L from 3B, but neither the method nor a figure: expected is more than 86.6,
+ImageNet-1k, attentive probe, top-1, which the paper (arXiv 2411.14402) has for the same model without a teacher.
 
 All of it is our choice:
 - What is learned from the teacher are its features under the student's prefix mask; why, and what else there is, is in
@@ -14,10 +14,13 @@ All of it is our choice:
   peak learning rate is a fifth of pre-training's, twice that of a higher resolution, for features have to move.
 - Nothing is compiled: with a teacher that has not been tried.
 
-Data and tokenizer are those of configs/aimv2_large.py. The micro-batch is halved for the teacher's sake. An encoder is
-enough of a teacher: `objective.teacher=aimv2-3B-patch14-224` is Apple's, which expects CLIP's mean and std
-(`data.transform.mean=...`, `data.transform.std=...`). With `objective.prediction_weight` over 0 the teacher needs a
-decoder, and the student's tokenizer.
+Data and tokenizer are those of configs/aimv2_large.py. The micro-batch is halved for the teacher's sake. With
+`objective.prediction_weight` over 0 the teacher needs a decoder, and the student's tokenizer; else an encoder is enough
+of a teacher. With Apple's for both, whose images are normalised as CLIP's:
+
+    deepspeed scripts/train_aimv2.py --config configs/aimv2_large_distilled.py objective.teacher=aimv2-3B-patch14-224 \\
+        init_from.source=aimv2-large-patch14-224 'init_from.parts=[encoder]' \\
+        'data.transform.mean=[0.48145466,0.4578275,0.40821073]' 'data.transform.std=[0.26862954,0.26130258,0.27577711]'
 """
 
 from pathlib import Path

@@ -21,7 +21,7 @@ Nobody published the rest; these are our choices:
 - Alt-texts only, which have the names of things that zero-shot classes are called by; crops and flips of pre-training.
 - Nothing is compiled: with negatives from other micro-batches that has not been tried.
 
-Data are those of configs/aimv2_large.py. The tokenizer comes with open_clip: `pip install "aimv2[eval]"`.
+Data are those of configs/aimv2_large.py. The tokenizer comes with open_clip: `pip install -e ".[eval]"`.
 """
 
 from pathlib import Path

@@ -2,7 +2,8 @@
 
     deepspeed scripts/train_aimv2.py --config configs/aimv2_large_native.py
 
-Not run. Expected: ImageNet-1k, attentive probe, top-1 87.3 (paper).
+Not run. Expected: ImageNet-1k, attentive probe, top-1 87.3 (paper, which doesn't say at what size), by the command of
+configs/aimv2_large_336.py with `--image-size 448`, say.
 
 From the paper: the area of a micro-batch is A = 2^n patches, n a normal variable cut off at one deviation and mapped to
 [7, 12]; every image is resized to fit it, its aspect ratio kept; a micro-batch has C / A of them, C being constant.

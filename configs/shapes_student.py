@@ -1,6 +1,6 @@
 """What the student of configs/shapes_distilled.py becomes alone: the same model, data and steps without a teacher.
 
-deepspeed scripts/train_aimv2.py --config configs/shapes_student.py
+    deepspeed scripts/train_aimv2.py --config configs/shapes_student.py
 """
 
 from dataclasses import replace

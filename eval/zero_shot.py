@@ -3,7 +3,7 @@
     python eval/zero_shot.py --encoder aimv2:/models/lit --data imagenet --root /data --out results
     python eval/zero_shot.py --encoder open_clip:ViT-B-32,laion2b_s34b_b79k --data cifar10 --root /data --out results
     python eval/zero_shot.py --encoder aimv2:runs/shapes_lit/export --out results \\
-        --data shapes:data/shapes_quick@single_shape_colour --templates eval/templates/shapes_unseen.txt
+        --data shapes:data/shapes_mixed@single_shape_colour --templates eval/templates/shapes_unseen.txt
 
 The encoder must have a text tower. The third command's templates are of the words of the shapes world, in orders that
 none of its captions has; without them, they are its captions.

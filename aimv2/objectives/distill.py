@@ -1,6 +1,6 @@
 """Distillation: an AIMv2 learns its own objective and, besides, what a frozen teacher makes of the same images.
 
-The paper has distilled models but not the method (arXiv 2411.14402): these losses are our choice.
+Apple released distilled models but published no method: these losses are our choice (docs/post-training.md).
 
 B samples, N patches of the student, N' of the teacher, D and E their widths, P patch side, T text positions,
 V vocabulary.
