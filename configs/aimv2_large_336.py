@@ -20,8 +20,8 @@ Nobody published the rest; these are our choices, the same for all sizes:
 
 Expected: 87.6 after the paper's data, by
 
-    python eval/attentive_probe.py --encoder aimv2:runs/aimv2_large_336/export --data imagenet --root /data --out results \\
-        --select-on test --set mode=online
+    python eval/attentive_probe.py --encoder aimv2:runs/aimv2_large_336/export --data imagenet --root /data \\
+        --out results --select-on test --set mode=online
 
 Data and tokenizer are those of configs/aimv2_large.py: here DFN's and COYO's alt-texts, 76.9 % and 23.1 %, as 0.30 and
 0.09 are to each other in the paper. The micro-batch holds about as many tokens as there. Another model to start from is
