@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from aimv2.data.batch import Batch, Counts, count_targets
 from aimv2.optim import OptimConfig, build_optimizer, learning_rate
+from aimv2.ranks import sum_over_ranks
 
 Engine = deepspeed.DeepSpeedEngine
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -145,15 +146,18 @@ def set_learning_rate(engine: Engine, config: OptimConfig, step: int, steps: int
 
 def global_counts(micro_batches: Sequence[Batch], device: torch.device) -> Counts:
     """Targets of one optimizer step over all its micro-batches and all ranks; at least 1, so that empty is finite."""
-    counts = count_targets(micro_batches).to(device)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(counts)
-    return Counts.of(counts.float())
+    return Counts.of(sum_over_ranks(count_targets(micro_batches).to(device)).float())
 
 
 def backward(engine: Engine, loss: Tensor) -> None:
     """Gradients add up over micro-batches and ranks: DeepSpeed's own division by both is undone."""
     engine.backward(loss * (dist.get_world_size() * engine.gradient_accumulation_steps()))
+
+
+def look_ahead(engine: Engine, micro_batches: Sequence[Batch], counts: Counts) -> None:
+    """Show a step's micro-batches, still on the CPU, to an objective whose loss is no sum over samples."""
+    if hasattr(engine.module, "look_ahead"):
+        engine.module.look_ahead(micro_batches, counts)
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:

@@ -40,10 +40,15 @@ def encoder_flops(config: VisionConfig) -> float:
     return patches + trunk_flops(config.width, config.depth, config.mlp_hidden, matrices, n)
 
 
-def training_flops(vision: VisionConfig, decoder: DecoderConfig, tokens: float) -> float:
-    """Forward and backward (twice the forward) of AIMv2 for one image and a caption of T = `tokens`."""
+def decoder_flops(vision: VisionConfig, decoder: DecoderConfig, tokens: float) -> float:
+    """One forward pass for one image and a caption of T = `tokens`."""
     n, c = vision.num_patches, decoder
     projection = 2 * n * vision.width * c.width
     trunk = trunk_flops(c.width, c.depth, c.mlp_hidden, 3, n + tokens)
     heads = 2 * c.width * (n * 3 * vision.patch_size**2 + tokens * c.vocab_size)
-    return 3 * (encoder_flops(vision) + projection + trunk + heads)
+    return projection + trunk + heads
+
+
+def training_flops(vision: VisionConfig, decoder: DecoderConfig, tokens: float) -> float:
+    """Forward and backward (twice the forward) of AIMv2 for one image and a caption of T = `tokens`."""
+    return 3 * (encoder_flops(vision) + decoder_flops(vision, decoder, tokens))

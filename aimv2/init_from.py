@@ -87,7 +87,8 @@ def check_initial(
         stored, layout, prefix = checkpoint.vision()
         _check_sizes(checkpoint, stored, config.vision, "encoder")
         _check_positions(checkpoint, stored, config, init)
-        _check_images(checkpoint, transform)
+        if transform is not None:
+            checkpoint.check_normalisation(transform)
         allowed = (prefix + layout.head,) if layout.head else ()
         checkpoint.check(shapes_of(empty_model(stored)), layout.vision, prefix, allowed)
     if "decoder" in chosen:
@@ -215,14 +216,6 @@ def _positions_described(stored: VisionConfig, ours: VisionConfig, init: InitFro
     if init.positions == "replace":
         return f"its {stored.positions} positions are dropped, and {ours.positions} ones begin anew"
     return f"learned positions, {grids}" + (", interpolated" if stored.grid != ours.grid else "")
-
-
-def _check_images(checkpoint: Checkpoint, transform: "TransformConfig | None") -> None:
-    """Whether images are normalised as the encoder was trained; nothing is known of bare weights."""
-    told = checkpoint.is_ours or checkpoint.preprocessor is not None or checkpoint.config.get("pretrained_cfg")
-    if transform is None or not told:
-        return
-    checkpoint.check_normalisation(transform)
 
 
 def _with_positions(state: dict[str, Tensor], stored: VisionConfig, encoder: nn.Module, init: InitFrom) -> dict:

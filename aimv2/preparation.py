@@ -100,7 +100,7 @@ def kept_digest(config: TrainConfig) -> str | None:
 
     A checkpoint has all weights but those of a locked tower.
     """
-    if config.objective.needs_weights:
+    if getattr(config.objective, "needs_weights", False):
         return None
     return (saved_fingerprints(config.out) or {}).get("init_from")
 
@@ -110,7 +110,8 @@ def check_sources(config: TrainConfig, tokenizer: Tokenizer) -> None:
 
     Raises ModelError or ConfigError.
     """
-    config.objective.check_sources(config.data)
+    if hasattr(config.objective, "check_sources"):
+        config.objective.check_sources(config.data)
     if config.init_from is not None and kept_digest(config) is None:
         check_initial(config.objective, config.init_from, **_given(config, tokenizer))
 
@@ -124,7 +125,7 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> tuple[nn.Module, d
 
     def build() -> None:
         model = config.objective.build()
-        built.append((model, model.fingerprints()))
+        built.append((model, model.fingerprints() if hasattr(model, "fingerprints") else {}))
 
     def load() -> str | None:
         if config.init_from is None:

@@ -198,7 +198,12 @@ class Checkpoint:
         return default_processing(vision, layout.name)
 
     def check_normalisation(self, transform: TransformConfig) -> None:
-        """Raise ConfigError if a run's images are not normalised as the encoder was trained."""
+        """Raise ConfigError if a run's images are not normalised as the encoder was trained.
+
+        Bare weights don't say how they were: then nothing is compared.
+        """
+        if not (self.is_ours or self.preprocessor is not None or self.config.get("pretrained_cfg")):
+            return
         theirs = self.processor_config(*self.vision()[:2])
         if (theirs.mean, theirs.std) != (tuple(transform.mean), tuple(transform.std)):
             typed = {name: "[" + ",".join(map(str, getattr(theirs, name))) + "]" for name in ("mean", "std")}

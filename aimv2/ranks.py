@@ -1,4 +1,4 @@
-"""What the processes of one run say to each other."""
+"""What the processes of one run say to each other, beside gradients."""
 
 from collections.abc import Callable
 from typing import TypeVar

@@ -22,6 +22,7 @@ from aimv2.engine import (
     full_state_dict,
     global_counts,
     limit_waiting,
+    look_ahead,
     set_learning_rate,
     start_distributed,
 )
@@ -81,7 +82,8 @@ def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Trai
     torch.manual_seed(config.seed)
     model, given = build_model(config, tokenizer)
     engine = build_engine(model, config.optim, config.engine)
-    together(lambda: model.prepare(config.data))
+    if hasattr(model, "prepare"):  # a teacher, to where the engine has put the model
+        together(lambda: model.prepare(config.data))
     limit_waiting()  # data and weights, which take long, are there
     fingerprints = fingerprints_of(config, tokenizer, given)
     check_ranks_agree({"config": json.dumps(to_json(config)), **fingerprints(sys.maxsize)})
@@ -98,7 +100,7 @@ def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Trai
                 micro_batches = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
             log.replaced(sum(batch.count_replaced() for batch in micro_batches))
             counts = global_counts(micro_batches, device)
-            engine.module.look_ahead(micro_batches, counts)  # still on the CPU
+            look_ahead(engine, micro_batches, counts)
             for batch in micro_batches:
                 losses = engine(batch.to(device), counts)
                 backward(engine, losses["loss"])
@@ -114,8 +116,8 @@ def run(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Trai
             for settings, evaluate in evals:
                 if due(state.step, settings.every, config.steps):
                     with log.paused():
-                        model = evaluation_model(engine, config.objective.build)
-                        log.evaluation(state.step, settings.name, evaluate(model))
+                        found = evaluate(evaluation_model(engine, config.objective.build))
+                        log.evaluation(state.step, settings.name, found)
             stop = preempted()
             if stop or due(state.step, config.save_every, config.steps):
                 with log.paused():

@@ -37,12 +37,13 @@ class TrainConfig:
 
     def __post_init__(self):
         self.objective.check(self.data)
-        if self.init_from is None and self.objective.needs_weights:
+        if self.init_from is None and getattr(self.objective, "needs_weights", False):
             raise ValueError(
                 f"init_from is None, but {type(self.objective).__name__} trains on top of a trained image tower: "
                 "expected init_from.source, an export or another checkpoint of one"
             )
-        self.objective.check_engine(self.engine.batch_size, self.engine.zero_stage)
+        if hasattr(self.objective, "check_engine"):
+            self.objective.check_engine(self.engine.batch_size, self.engine.zero_stage)
         if self.data.validation is None and not all(isinstance(e, FrozenEvaluation) for e in self.evals):
             raise ValueError("data.validation is None, but evals need it: expected a source, or no evals")
         names = [e.name for e in self.evals]

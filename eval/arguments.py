@@ -55,8 +55,12 @@ def parser(description: str, encoders: str = ENCODERS) -> argparse.ArgumentParse
 
 
 def add_workers(made: argparse.ArgumentParser) -> None:
-    most = min(4, os.cpu_count() or 1)  # torch warns of more than there are cores
-    made.add_argument("--workers", type=int, default=most, help="processes per rank that decode images (%(default)s)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    fair = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of each rank
+    workers = min(4, max(1, fair))
+    made.add_argument(
+        "--workers", type=int, default=workers, help="processes per rank that decode images (%(default)s)"
+    )
 
 
 def add_image_size(made: argparse.ArgumentParser) -> None:

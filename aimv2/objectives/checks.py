@@ -8,13 +8,6 @@ if TYPE_CHECKING:  # it needs what only training has
     from aimv2.data.loader import DataConfig
 
 
-def check_images(data: "DataConfig", vision: VisionConfig, key: str) -> None:
-    """Raises ValueError if the encoder, whose config is under `key`, has no positions for the images."""
-    check_image_size(data, vision.image_size, f"{key}.image_size")
-    if data.native is not None and vision.positions == "learned":
-        raise ValueError(f"{key}.positions 'learned' with data.native: expected 'sincos' or 'interpolated'")
-
-
 def check_image_size(data: "DataConfig", size: int, key: str) -> None:
     """Raises ValueError if the images are not of the size that the config has under `key`."""
     if data.transform.image_size != size:
@@ -28,3 +21,9 @@ def check_context(data: "DataConfig", length: int, key: str) -> None:
     """Raises ValueError if captions may be longer than the context that the config has under `key`."""
     if data.context_length > length:
         raise ValueError(f"data.context_length {data.context_length} is more than {key} {length}")
+
+
+def check_native(data: "DataConfig", vision: VisionConfig, key: str) -> None:
+    """Raises ValueError if images have sizes of their own and the encoder, whose config is under `key`, has not."""
+    if data.native is not None and vision.positions == "learned":
+        raise ValueError(f"{key}.positions 'learned' with data.native: expected 'sincos' or 'interpolated'")

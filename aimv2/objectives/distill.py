@@ -7,7 +7,6 @@ V vocabulary.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,11 +16,10 @@ from aimv2 import losses
 from aimv2.data.batch import Batch, Counts
 from aimv2.decoder import DecoderConfig, MultimodalDecoder
 from aimv2.encoder import VisionConfig, VisionEncoder
-from aimv2.flops import encoder_flops, training_flops
+from aimv2.flops import decoder_flops, encoder_flops, training_flops
 from aimv2.masks import prefix_mask
 from aimv2.objectives.aimv2 import AIMv2, AIMv2Config
-from aimv2.objectives.checks import check_image_size
-from aimv2.objectives.interface import Objective, ObjectiveConfig
+from aimv2.objectives.checks import check_context, check_image_size, check_native
 from aimv2.objectives.teacher import (
     Teacher,
     check_decoder,
@@ -40,7 +38,7 @@ if TYPE_CHECKING:  # it needs what only training has
 
 
 @dataclass(slots=True, kw_only=True)
-class DistillConfig(ObjectiveConfig):
+class DistillConfig:
     """L = L_student + feature_weight * L_feature + prediction_weight * (L_teacher_caption + alpha * L_teacher_pixel).
 
     L_student is AIMv2's loss and alpha its `pixel_weight`. What has weight 0 is left out.
@@ -102,11 +100,7 @@ class DistillConfig(ObjectiveConfig):
         return self.image_size // self.vision.grid
 
     def check(self, data: "DataConfig") -> None:
-        """Raises ValueError for data that student or teacher has no place for.
-
-        A teacher that is no path yet isn't asked: it may be of the hub, or trained before the run starts. Then
-        `check_sources` asks it.
-        """
+        """Raises ValueError for data that student or teacher has no place for. The teacher itself isn't asked."""
         if self.teacher_image_size is None:
             check_image_size(data, self.image_size, "objective.student.vision.image_size")
         elif data.transform.image_size != self.image_size:
@@ -115,12 +109,10 @@ class DistillConfig(ObjectiveConfig):
                 f"objective.student.vision.image_size {self.vision.image_size} and "
                 f"objective.teacher_image_size {self.teacher_image_size}"
             )
-        transform = replace(data.transform, image_size=self.vision.image_size)
-        self.student.check(replace(data, transform=transform))
+        check_native(data, self.vision, "objective.student.vision")
         if data.native is not None and self.teacher_image_size is not None:
             raise ValueError(f"objective.teacher_image_size {self.teacher_image_size} with data.native: expected none")
-        if Path(self.teacher).expanduser().exists():
-            self.check_sources(data)
+        check_context(data, self.decoder.context_length, "objective.student.decoder.context_length")
 
     def check_sources(self, data: "DataConfig") -> None:
         """Ask the teacher, which is downloaded if it is a name of the hub.
@@ -149,12 +141,19 @@ class DistillConfig(ObjectiveConfig):
         return checkpoint.vision()[0]
 
     def training_flops(self, tokens: int) -> float:
-        """Of the student, for one image of its configured size with so many caption tokens."""
-        passes = int(self.feature_weight > 0 and self.features == "full")
-        return training_flops(self.vision, self.decoder, tokens) + passes * 3 * encoder_flops(self.vision)
+        """Of one image of the configured size with so many caption tokens: the teacher only goes forward."""
+        checkpoint = open_checkpoint(self.teacher)
+        teacher = replace(checkpoint.vision()[0], image_size=self.seen_by_teacher)
+        full = int(self.feature_weight > 0 and self.features == "full")
+        masked = int(self.prediction_weight > 0 or self.features == "prefix")
+        flops = training_flops(self.vision, self.decoder, tokens) + full * 3 * encoder_flops(self.vision)
+        flops += (full + masked) * encoder_flops(teacher)
+        if self.prediction_weight:
+            flops += decoder_flops(teacher, checkpoint.whole()[0].decoder, tokens)
+        return flops
 
 
-class Distill(Objective):
+class Distill(nn.Module):
     """A student AIMv2, and a teacher that is no part of the module: neither trained, sharded, saved nor exported."""
 
     def __init__(self, config: DistillConfig):
@@ -186,9 +185,11 @@ class Distill(Objective):
         return self.student
 
     def fingerprints(self) -> dict[str, str]:
+        """What a run needs besides its checkpoint to go on as it began."""
         return {"teacher": fingerprint(open_checkpoint(self.settings.teacher))}
 
     def prepare(self, data: "DataConfig") -> None:
+        """Open the teacher, where the student's weights are by now: before others wait for its first batch."""
         self.teacher(native=data.native is not None)
 
     def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
@@ -198,14 +199,17 @@ class Distill(Objective):
         """
         c, n, teacher = self.settings, batch.patch_counts(), self.teacher(native=batch.grid is not None)
         image, shown = self._images(batch)
-        mask = prefix_mask(batch.prefix_length, batch.num_patches)
-        features, pixels, logits = self.student.predict(image, batch, mask)  # (B, N, D), (B, N, 3P^2), (B, T, V)
-        parts = self.student.losses(pixels, logits, image, batch, counts)
-        loss = parts.pop("loss")
+        mask, real = prefix_mask(batch.prefix_length, batch.num_patches), batch.real_patches()
+        features = self.encoder(image, mask, grid=batch.grid)  # (B, N, D)
+        pixels, logits = self.decoder(features, batch.text, real)  # (B, N, 3P^2), (B, T, V)
+        pixel_loss = losses.pixel(pixels, image, batch.prefix_length, c.vision.patch_size, n) / counts.patches
+        caption_loss = losses.caption(logits, batch.text, batch.text_length) / counts.tokens
+        loss = caption_loss + self.config.pixel_weight * pixel_loss
+        parts = {"pixel_loss": pixel_loss, "caption_loss": caption_loss}
         if c.prediction_weight or c.features == "prefix":
             targets = teacher.see(shown, mask, batch.grid)  # (B, N, E)
         if c.prediction_weight:
-            target_pixels, target_logits = teacher.predict(targets, batch.text, batch.real_patches())
+            target_pixels, target_logits = teacher.predict(targets, batch.text, real)
             pixel_loss = losses.teacher_pixel(pixels, target_pixels, batch.prefix_length, n) / counts.patches
             caption_loss = losses.teacher_caption(logits, target_logits, batch.text_length) / counts.tokens
             loss = loss + c.prediction_weight * (caption_loss + self.config.pixel_weight * pixel_loss)

@@ -24,8 +24,7 @@ from aimv2.encoder import VisionConfig, VisionEncoder
 from aimv2.flops import encoder_flops, trunk_flops
 from aimv2.layers import at_least_fp32
 from aimv2.lit import LiT, LiTConfig, bounded
-from aimv2.objectives.checks import check_context, check_images
-from aimv2.objectives.interface import Objective, ObjectiveConfig
+from aimv2.objectives.checks import check_context, check_image_size, check_native
 from aimv2.objectives.patch_cache import PatchCache, digests_of
 from aimv2.ranks import gather_rows, sum_over_ranks
 from aimv2.text_encoder import TextConfig
@@ -37,12 +36,14 @@ SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # at the start (SigLIP, arXiv 2303.15
 
 
 @dataclass(slots=True, kw_only=True)
-class LiTObjectiveConfig(ObjectiveConfig):
-    needs_weights: ClassVar[bool] = True
+class LiTObjectiveConfig:
+    needs_weights: ClassVar[bool] = True  # a tower that is locked at random weights sees nothing
 
     model: LiTConfig
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    feature_cache: float = 0.0  # GiB of each rank's CPU memory for the tower's output in training
+    # GiB of each rank's CPU memory for the tower's output in training. A run that goes on begins with an empty one, and
+    # the tower may round otherwise where it sees other images together: the same losses, but not to the last bit.
+    feature_cache: float = 0.0
 
     def __post_init__(self):
         if self.loss not in ("softmax", "sigmoid"):
@@ -65,8 +66,15 @@ class LiTObjectiveConfig(ObjectiveConfig):
     def vocab_size(self) -> int:
         return self.text.vocab_size
 
+    @property
+    def data_patch_size(self) -> int:
+        """Side of a patch in the pixels of the data."""
+        return self.vision.patch_size
+
     def check(self, data: "DataConfig") -> None:
-        check_images(data, self.vision, "objective.model.vision")
+        """Raises ValueError for data that the model has no place for."""
+        check_image_size(data, self.vision.image_size, "objective.model.vision.image_size")
+        check_native(data, self.vision, "objective.model.vision")
         check_context(data, self.text.context_length, "objective.model.text.context_length")
         if self.feature_cache and data.transform.crop_scale is not None:
             raise ValueError(
@@ -75,6 +83,7 @@ class LiTObjectiveConfig(ObjectiveConfig):
             )
 
     def check_engine(self, batch_size: int, zero_stage: int) -> None:
+        """Raises ValueError for a batch or a way of sharding that the loss doesn't allow."""
         if batch_size < 2:
             raise ValueError(f"engine.batch_size {batch_size}: expected 2 or more, for a pair to be told apart")
         if self.feature_cache and zero_stage == 3:  # who knows all its images would miss the others' gathers
@@ -84,7 +93,7 @@ class LiTObjectiveConfig(ObjectiveConfig):
             )
 
     def training_flops(self, tokens: int) -> float:
-        # The image tower only goes forward.
+        """Of one image of the configured size with so many caption tokens: the image tower only goes forward."""
         n, width, c = self.vision.num_patches, self.vision.width, self.text
         pool = 2 * width**2 * (2 * n + 1) + 4 * n * width
         projections = 2 * self.model.projection * (width + c.width)
@@ -114,7 +123,7 @@ class _Seen:
     share: _Share | None = None  # None: it is the only one of the step, and one pass does
 
 
-class LiTObjective(Objective):
+class LiTObjective(nn.Module):
     """The contrastive loss of images and captions, the negatives of a pair being all others of the optimizer step.
 
     `look_ahead` is given the micro-batches of a step, then `forward` each of them once, in the same order. Where there
@@ -152,6 +161,7 @@ class LiTObjective(Objective):
         return self
 
     def look_ahead(self, micro_batches: Sequence[Batch], counts: Counts) -> None:
+        """This rank's micro-batches of an optimizer step; every rank calls it, with as many of them."""
         self._step = deque(_Seen(batch.sample.cpu(), self._digests(batch)) for batch in micro_batches)
         if len(self._step) == 1:
             return
@@ -263,12 +273,15 @@ class LiTObjective(Objective):
         if digests is None:
             return self._look(batch, slice(None))
         new = [i for i, digest in enumerate(digests) if digest not in self._cache]
-        computed = dict(zip(new, self._look(batch, new).cpu() if new else (), strict=True))
+        seen = self._look(batch, new) if new else None
+        computed = dict(zip(new, () if seen is None else seen.cpu(), strict=True))
         patches = []
         for i, (digest, n) in enumerate(zip(digests, batch.patch_counts().tolist(), strict=True)):
             if i in computed:
                 self._cache.keep(digest, computed[i][:n])
             patches.append(computed[i][:n] if i in computed else self._cache[digest])
+        if len(new) == len(digests):
+            return seen
         return nn.utils.rnn.pad_sequence(patches, batch_first=True).to(batch.image.device)
 
     def _look(self, batch: Batch, rows: list[int] | slice) -> Tensor:

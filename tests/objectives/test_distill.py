@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aimv2 import losses
 from aimv2.data.batch import Batch, Counts, count_targets
-from aimv2.flops import encoder_flops
+from aimv2.flops import decoder_flops, encoder_flops
 from aimv2.objectives import distill
 from aimv2.objectives.aimv2 import AIMv2, AIMv2Config
 from aimv2.objectives.distill import Distill, DistillConfig
@@ -208,11 +208,18 @@ def test_the_teacher_is_there_before_the_first_batch(teacher, monkeypatch):
     assert objective(batch, counts_of(batch))["loss"].isfinite()
 
 
-def test_work_is_counted_for_the_student(teacher):
-    alone, encoder = CONFIG.training_flops(5), encoder_flops(VISION)
+def test_work_is_counted(teacher):
+    alone, again = CONFIG.training_flops(5), 3 * encoder_flops(VISION)
+    seen, predicted = encoder_flops(TEACHER.vision), decoder_flops(TEACHER.vision, TEACHER.decoder, 5)
     counted = [DistillConfig(student=CONFIG, teacher=teacher, **kind).training_flops(5) for kind in KINDS]
-    # a second pass of its encoder, forward and backward, where features are compared in full
-    assert counted == [alone, alone + 3 * encoder, alone, alone, alone + 3 * encoder]
+    # Features in full are a second pass of the student's encoder, forward and backward, and one of the teacher's.
+    assert counted == [
+        alone + seen + predicted,
+        alone + again + 2 * seen + predicted,
+        alone + seen + predicted,
+        alone + seen,
+        alone + again + seen,
+    ]
 
 
 # --- any split of a batch gives the gradient of the whole

@@ -9,7 +9,7 @@ from tiny_aimv2 import CONFIG, VISION, P, counts_of, random_batch, random_model
 from tiny_distill import MEAN, NATIVE, ROOT, STD, TEACHER, built, data_for, write_teacher
 
 from aimv2 import pretrained
-from aimv2.config import ConfigError
+from aimv2.config import ConfigError, load_config, to_json
 from aimv2.data.native import NativeConfig
 from aimv2.exports import export_model
 from aimv2.objectives.distill import DistillConfig
@@ -93,7 +93,7 @@ def test_predictions_of_other_patches(coarse, size):
 
 
 def test_a_teacher_of_the_hub_is_asked_as_well(teacher, monkeypatch):
-    """Its name is no path when the config is made; what the run asks once more, before it begins, finds all of it."""
+    """Its name is no path when the config is made; what the run asks before it begins finds all of it."""
     data, other = data_for(), data_for()
     other.transform.mean = (0.4, 0.5, 0.5)
     monkeypatch.setattr(pretrained, "download", lambda source, revision: Path(teacher))
@@ -132,25 +132,25 @@ def test_a_decoder_of_other_captions(tmp_path, changes, expected):
 
 def test_captions_of_other_tokens(teacher, tmp_path):
     with pytest.raises(ConfigError, match=r"no tokenizer beside it, not data.tokenizer .*shapes"):
-        config_of(teacher, prediction_weight=1.0).check(data_for())
-    config_of(teacher).check(data_for())
+        config_of(teacher, prediction_weight=1.0).check_sources(data_for())
+    config_of(teacher).check_sources(data_for())
     shapes = ROOT / "tokenizers" / "shapes"
     same = write_teacher(tmp_path / "same", tokenizer=shapes)
-    config_of(same, prediction_weight=1.0).check(data_for())
+    config_of(same, prediction_weight=1.0).check_sources(data_for())
     changed = tmp_path / "tokenizer.model"
     changed.write_bytes((shapes / "tokenizer.model").read_bytes() + b"\n")
     other = write_teacher(tmp_path / "other", tokenizer=changed)
     with pytest.raises(
         ConfigError, match=r"the tokenizer of sha256 .* expected the same, or objective.prediction_weight=0"
     ):
-        config_of(other, prediction_weight=1.0).check(data_for())
+        config_of(other, prediction_weight=1.0).check_sources(data_for())
 
 
 def test_images_that_the_teacher_does_not_expect(teacher):
     data = data_for()
     data.transform.mean = (0.4, 0.5, 0.5)
     with pytest.raises(ConfigError, match=r"expects images of mean \(0.5, 0.5, 0.5\)"):
-        config_of(teacher).check(data)
+        config_of(teacher).check_sources(data)
 
 
 def test_data_of_another_size(teacher):
@@ -162,7 +162,7 @@ def test_data_of_another_size(teacher):
     config.check(data_for(12))
     with pytest.raises(ValueError, match=r"12 is not objective.student.vision.image_size 6"):
         config_of(teacher).check(data_for(12))
-    with pytest.raises(ValueError, match="context_length 7 is more than"):
+    with pytest.raises(ValueError, match=r"7 is more than objective.student.decoder.context_length"):
         config_of(teacher).check(data_for(context_length=7))
 
 
@@ -172,7 +172,23 @@ def test_native_data(native, coarse):
 
     data = data_for(native=NativeConfig(min_patches=4, max_patches=16))
     config(native).check(data)
+    config(native).check_sources(data)
     with pytest.raises(ValueError, match=r"objective.teacher_image_size 12 with data.native: expected none"):
         config(native, teacher_image_size=12).check(replace(data, transform=replace(data.transform, image_size=12)))
     with pytest.raises(ConfigError, match=r"patches of 3 px, but data.native cuts images into the student's, 2 px"):
-        config(coarse).check(data)
+        config(coarse).check_sources(data)
+
+
+def test_native_data_and_learned_positions(native):
+    learned = replace(NATIVE, vision=replace(NATIVE.vision, positions="learned"))
+    data = data_for(native=NativeConfig(min_patches=4, max_patches=16))
+    with pytest.raises(ValueError, match=r"^objective\.student\.vision\.positions 'learned' with data\.native"):
+        DistillConfig(student=learned, teacher=native).check(data)
+
+
+def test_a_run_is_described_without_its_teacher(tmp_path):
+    """That is done at every checkpoint, where a teacher that is damaged by then must not end the run."""
+    damaged = tmp_path / "teacher"
+    damaged.mkdir()
+    run = load_config(ROOT / "tests" / "tiny_distilled.py", [f"objective.teacher={damaged}"])
+    assert to_json(run)["objective"]["teacher"] == str(damaged)

@@ -21,6 +21,7 @@ from aimv2.engine import (
     evaluation_model,
     full_state_dict,
     global_counts,
+    look_ahead,
     set_learning_rate,
     start_distributed,
 )
@@ -67,7 +68,7 @@ def take_step(engine: Engine, step: int, micro: int) -> Tensor:
     set_learning_rate(engine, OPTIM, step, STEPS)
     micro_batches = my_part(whole_batch(step), micro)
     counts = global_counts(micro_batches, torch.device("cpu"))
-    engine.module.look_ahead(micro_batches, counts)
+    look_ahead(engine, micro_batches, counts)
     total = torch.zeros(2)
     for batch in micro_batches:
         losses = engine(batch, counts)
@@ -151,7 +152,7 @@ def compare_cached_with_uncached(zero):
         parts = [random_batch(lengths, torch.float32, seed=seed + 2 * i) for i, lengths in enumerate(([3, 4], [2, 5]))]
         counts = global_counts(parts, torch.device("cpu"))
         for engine in engines:
-            engine.module.look_ahead(parts, counts)
+            look_ahead(engine, parts, counts)
             for batch in parts:
                 backward(engine, engine(batch, counts)["loss"])
                 engine.step()
