@@ -1,6 +1,10 @@
 """What the tests of a whole run share."""
 
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes on two cores: one thread each, and in what they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from processes import TINY_RUN, arguments
