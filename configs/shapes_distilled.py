@@ -5,7 +5,7 @@
 Everything but the teacher is that of configs/shapes_student.py, which is the same student alone. Features under the
 prefix mask are what helps here; docs/post-training.md compares the losses.
 
-Measured: of 512 held-out images, 44 % captioned with exactly the right set of objects.
+Measured, three seeds: of 1,000 held-out images, 30 % captioned with exactly the right set of objects; alone 17 %.
 """
 
 from pathlib import Path

@@ -3,10 +3,11 @@
     deepspeed scripts/train_aimv2.py --config configs/shapes_hires.py
 
 As configs/aimv2_large_336.py: from the smaller model's export, without weight decay. For 448, `..._hires.py
-data.transform.image_size=96 objective.vision.image_size=96 out=runs/shapes_hires96`. Steps and learning rate are ours.
+data.transform.image_size=96 objective.vision.image_size=96 steps=500 out=runs/shapes_hires96`. Steps are ours, and the
+learning rate, pre-training's own: after minutes of that there is little to undo, unlike after weeks.
 The positions are fixed ones, which run on: there is nothing to interpolate.
 
-Measured: of 512 held-out images, 71 % captioned with exactly the right set of objects; at 96 px, 500 steps, 70 %.
+Measured: of 1,000 held-out images, 66 % captioned with exactly the right set of objects; at 96 px, 500 steps, 62 %.
 """
 
 from dataclasses import replace

@@ -6,7 +6,7 @@ As configs/shapes.py, on the mixed shapes world: its images have four times as m
 another aspect ratio from 1:2 to 2:1, with objects of the same size in them. At 48 px, squashed, a small object has a
 radius of 2.5 pixels. What later stages gain, they gain against this.
 
-Measured: of 512 held-out images, 55 % captioned with exactly the right set of objects.
+Measured: of 1,000 held-out images, 45 % captioned with exactly the right set of objects.
 """
 
 from pathlib import Path

@@ -5,7 +5,7 @@
 As configs/aimv2_large_native.py, from the 72 px model of configs/shapes_hires.py: each micro-batch has an area of its
 own, here of 32 to 160 patches, and images keep their aspect ratio. Steps and learning rate are ours.
 
-Measured: of 512 held-out images at 81 patches, 74 % captioned with exactly the right set of objects.
+Measured: of 1,000 held-out images at 81 patches, 69 % captioned with exactly the right set of objects.
 """
 
 from dataclasses import replace

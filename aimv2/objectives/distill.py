@@ -48,7 +48,7 @@ class DistillConfig:
     teacher: str  # whatever `load_model` reads; with a decoder if its predictions are used
     teacher_image_size: int | None = None  # pixels of what the teacher sees; None: as many as the student's
     # What is seen where features are compared: what the prefix mask shows, or, in a pass of its own, the whole image.
-    # On the shapes world both are as good, but "full" takes 1.8 times as long; a teacher of another grid needs it.
+    # On the shapes world both are as good, but "full" takes 1.6 times as long; a teacher of another grid needs it.
     features: Literal["prefix", "full"] = "prefix"
     feature_weight: float = 1.0
     prediction_weight: float = 0.0  # predictions gained nothing there
