@@ -56,8 +56,7 @@ def parser(description: str, encoders: str = ENCODERS) -> argparse.ArgumentParse
 
 def add_workers(made: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    fair = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of each rank
-    workers = min(4, max(1, fair))
+    workers = min(4, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     made.add_argument(
         "--workers", type=int, default=workers, help="processes per rank that decode images (%(default)s)"
     )
