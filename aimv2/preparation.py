@@ -188,7 +188,7 @@ def open_logger(config: TrainConfig, state: TrainState, device: torch.device) ->
         every=config.log_every,
         wandb=config.wandb,
         rank=dist.get_rank(),
-        flops_per_image=config.objective.training_flops(config.data.context_length),
+        flops_per_image=config.objective.training_flops(config.data.context_length) if peak else None,
         peak_flops=peak and peak * dist.get_world_size(),
         start=state.step,
         pending=state.log,
